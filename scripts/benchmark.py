@@ -1,0 +1,573 @@
+"""Run agents on tasks over seeds, several at a time, and keep their learning curves in results/.
+
+    python scripts/benchmark.py --agent ppo --env HalfCheetah-v4 Hopper-v4 --seeds 1-10
+    python scripts/benchmark.py --agent ppo --env HalfCheetah-v4 --seeds 1-3 --total-steps 200000 --args "--num-envs 16"
+    python scripts/benchmark.py --suite ppo           a list kept in this file
+    python scripts/benchmark.py --report              the table of what is in results/, without running anything
+
+Every run is a process of its own on one core. It may all be killed at any moment: the same command goes on where it stopped,
+skipping what is recorded and resuming what has a checkpoint. Ctrl-C lets every run write its checkpoint first.
+
+    RUNS/AGENT/TASK/seed_N/          the run's folder; RUNS/AGENT/TASK/seed_N.log what it printed
+    RESULTS/AGENT/TASK/seed_N.csv    its progress.csv, thinned
+    RESULTS/AGENT/TASK/meta.json     final evaluations, arguments, versions, commit, machine, the commands to reproduce
+
+In meta.json what all seeds share stands once at the top, and what differs (a commit, say) with each seed. Seeds run under
+different algorithm arguments never share a folder. To run seeds again under the same arguments (because the code changed),
+delete their files in RESULTS and in RUNS first.
+Exit status: 0, 1 when a run failed, 2 for bad input, 130 (143, 129) after Ctrl-C (SIGTERM, SIGHUP).
+"""
+
+import contextlib
+import csv
+import dataclasses
+import importlib.util
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+import zoo
+from zoo.common.cli import RunArgs, parse, require
+from zoo.common.envs import make_single
+from zoo.common.errors import RunFault, UsageError
+from zoo.common.files import lock_folder, write_atomically, writing
+
+
+class Entry(NamedTuple):
+    """Seeds of one agent on one task, with what its command line needs beyond the agent's own settings."""
+
+    agent: str
+    env: str
+    seeds: Sequence[int]
+    args: str = ""
+
+
+TEN, FIVE = range(1, 11), range(1, 6)
+SUITES: dict[str, list[Entry]] = {
+    "ppo": [
+        Entry("ppo", "HalfCheetah-v4", TEN),
+        Entry("ppo", "Hopper-v4", FIVE),
+        Entry("ppo", "Walker2d-v4", FIVE),
+        Entry("ppo", "CartPole-v1", FIVE),
+        Entry("ppo", "Acrobot-v1", FIVE),
+        Entry("ppo", "Pendulum-v1", FIVE),
+        Entry("ppo", "MountainCarContinuous-v0", FIVE),
+        Entry("ppo", "MountainCar-v0", FIVE),
+    ],
+    "reinforce": [
+        Entry("reinforce", "CartPole-v1", FIVE),
+        Entry("reinforce", "HalfCheetah-v4", FIVE, "--total-steps 3000000"),
+    ],
+    "actor_critic": [
+        Entry("actor_critic", "HalfCheetah-v4", TEN),
+        Entry("actor_critic", "Hopper-v4", FIVE),
+        Entry("actor_critic", "CartPole-v1", FIVE),
+    ],
+    "trpo": [
+        Entry("trpo", "HalfCheetah-v4", TEN),
+        Entry("trpo", "Hopper-v4", FIVE),
+        Entry("trpo", "Walker2d-v4", FIVE),
+        Entry("trpo", "CartPole-v1", FIVE),
+        Entry("trpo", "Acrobot-v1", FIVE),
+        Entry("trpo", "Pendulum-v1", FIVE),
+    ],
+}
+
+ONE_CORE = ["--threads", "1", "--env-threads", "1"]  # runs share the machine: more threads would only slow each other down
+MAX_ROWS = 200  # of a thinned curve
+POLL = 0.2  # seconds between looks at the running processes
+# Arguments that change where and how fast a run is made, not what it computes.
+BOOKKEEPING = {
+    "seed", "run_dir", "resume", "device", "compile", "threads", "env_threads", "checkpoint_every", "track", "track_project",
+    "progress",
+}  # fmt: skip
+SHARED = ("args", "versions", "commit", "machine", "engine", "jobs")  # at the top of meta.json when all seeds agree
+
+
+@dataclass
+class Args:
+    agent: tuple[str, ...] = ()
+    """agents: names of the files in --agents"""
+    env: tuple[str, ...] = ()
+    """ids of Gymnasium environments"""
+    seeds: str = "1-5"
+    """seeds, such as 1-10 or 1,3,7-9"""
+    suite: tuple[str, ...] = ()
+    """lists of runs named in this script, in place of --agent, --env and --seeds"""
+    total_steps: int | None = None
+    """environment steps of each run (default: the agent's own setting for the task)"""
+    args: str = ""
+    """further arguments for every run, in one string"""
+    jobs: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """runs at the same time (default: one a usable core)"""
+    results: Path = Path("results")
+    """where curves and meta.json are kept"""
+    runs: Path = Path("runs/benchmark")
+    """where the runs' own folders are"""
+    agents: Path | None = None
+    """folder of the agents' files (default: the zoo's)"""
+    force: bool = False
+    """discard results and unfinished runs that were made with other arguments"""
+    report: bool = False
+    """print the table of what is in --results and run nothing"""
+
+
+# --- what to run ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """One run."""
+
+    agent: str
+    env: str
+    seed: int
+    script: Path
+    extra: list[str]  # arguments beyond the environment and the seed
+    expected: dict[str, Any]  # all arguments the run will have, as they come back from its args.json
+    folder: Path  # of the run
+    results: Path  # results/AGENT/TASK
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(self.folder.name + ".log")
+
+    @property
+    def total_steps(self) -> int:
+        return int(self.expected["total_steps"])
+
+    def __str__(self) -> str:
+        return f"{self.agent} {self.env} seed {self.seed}"
+
+
+def parse_seeds(text: str) -> list[int]:
+    """ "1-3,7" -> [1, 2, 3, 7]. Raises UsageError."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        require(match is not None, f"--seeds {text}: give numbers and ranges such as 1-10 or 1,3,7-9")
+        assert match is not None
+        first, last = int(match[1]), int(match[2] or match[1])
+        require(first <= last, f"--seeds {text}: {first}-{last} is empty; the smaller seed comes first")
+        seeds += range(first, last + 1)
+    return sorted(set(seeds))
+
+
+def entries(args: Args) -> list[Entry]:
+    """The declared or the given list. Raises UsageError."""
+    if args.suite:
+        require(not (args.agent or args.env), "--suite brings its own agents and tasks: leave --agent and --env out")
+        for name in args.suite:
+            require(name in SUITES, f"--suite {name}: no such suite; there are {', '.join(SUITES)}")
+        return [entry for name in args.suite for entry in SUITES[name]]
+    require(bool(args.agent and args.env), "give --agent and --env, or --suite, or --report")
+    return [Entry(agent, env, parse_seeds(args.seeds)) for agent in args.agent for env in args.env]
+
+
+@cache
+def load_agent(script: Path) -> ModuleType:
+    """The agent's file as a module, for its Args and SETTINGS. Raises UsageError."""
+    there = sorted(path.stem for path in script.parent.glob("*.py") if not path.stem.startswith("_"))
+    require(script.is_file(), f"--agent {script.stem}: no such file in {script.parent.name}/; there are {', '.join(there)}")
+    spec = importlib.util.spec_from_file_location(f"benchmarked_{script.stem}", script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their own module up there
+    spec.loader.exec_module(module)
+    require(hasattr(module, "Args"), f"--agent {script.stem}: {script.name} is no agent, it has no Args")
+    return module
+
+
+def _settings(settings: dict[str, dict], env: str) -> dict:
+    return settings.get(env, {})
+
+
+def plan(args: Args) -> list[Job]:
+    """All runs, their arguments checked as the agents themselves will check them. Raises UsageError."""
+    require(args.jobs >= 1, f"--jobs must be at least 1, not {args.jobs}")
+    try:
+        common = shlex.split(args.args)
+    except ValueError as error:
+        raise UsageError(f"--args {args.args}: {error}") from error
+    jobs = []
+    for entry in entries(args):
+        script = (args.agents or Path(zoo.__file__).parent) / f"{entry.agent}.py"
+        module = load_agent(script)
+        make_single(entry.env).close()
+        extra = ONE_CORE + shlex.split(entry.args) + common
+        if args.total_steps is not None:
+            extra += ["--total-steps", str(args.total_steps)]
+        settings: dict[str, dict] = getattr(module, "SETTINGS", {})
+        given = ["--env", entry.env, "--seed", str(entry.seeds[0]), "--no-progress", *extra]
+        parsed: RunArgs = parse(module.Args, partial(_settings, settings), given)
+        expected = json.loads(json.dumps(dataclasses.asdict(parsed)))  # tuples become lists, as in args.json
+        own = (expected["env"], expected["seed"], expected.get("run_dir"), expected.get("resume"))
+        require(
+            own == (entry.env, entry.seeds[0], None, None),
+            f"--args {args.args}: the environment, the seed and the folder of a run are given by this script",
+        )
+        if hasattr(module, "check"):
+            module.check(parsed)
+        task = Path(entry.agent) / re.sub(r"[^\w.-]+", "_", entry.env)
+        for seed in entry.seeds:
+            job_expected = expected | {"seed": seed}
+            folder = args.runs / task / f"seed_{seed}"
+            jobs.append(Job(entry.agent, entry.env, seed, script, extra, job_expected, folder, args.results / task))
+    return jobs
+
+
+def differences(found: dict[str, Any], expected: dict[str, Any]) -> str:
+    """The algorithm's arguments in which two runs differ, in words; "" where they agree."""
+    names = sorted((found.keys() | expected.keys()) - BOOKKEEPING)
+    differing = [name for name in names if found.get(name, "absent") != expected.get(name, "absent")]
+    return ", ".join(f"{name} {found.get(name, 'absent')} there, {expected.get(name, 'absent')} here" for name in differing)
+
+
+# --- results/AGENT/TASK ---------------------------------------------------------------------------------------------------
+
+
+def read_seeds(folder: Path) -> dict[int, dict[str, Any]]:
+    """meta.json's entries by seed, each whole again (see `write_meta`); {} where there is none. Raises UsageError."""
+    path = folder / "meta.json"
+    if not path.exists():
+        return {}
+    try:
+        meta = json.loads(path.read_text())
+        shared = {key: meta[key] for key in SHARED if key in meta}
+        seeds = {int(seed): {**shared, **entry} for seed, entry in meta["seeds"].items()}
+        for seed, entry in seeds.items():
+            if missing := {"mean", "steps", "sps", *SHARED} - entry.keys():
+                raise KeyError(f"seed {seed} lacks {', '.join(sorted(missing))}")
+        return seeds
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"--results: {path} is no meta.json of this script ({error})") from error
+
+
+def write_meta(folder: Path, agent: str, env: str, seeds: dict[int, dict[str, Any]]) -> None:
+    """Write meta.json atomically: statistics over seeds, and what all seeds share moved to the top. Raises OSError."""
+    seeds = {seed: dict(seeds[seed]) for seed in sorted(seeds)}
+    means = [entry["mean"] for entry in seeds.values()]
+    meta: dict[str, Any] = {
+        "agent": agent,
+        "env": env,
+        "mean": float(np.mean(means)),
+        "std": float(np.std(means, ddof=1)) if len(means) > 1 else None,
+        "num_seeds": len(means),
+    }
+    for key in SHARED:
+        first = next(iter(seeds.values()))[key]
+        if all(entry[key] == first for entry in seeds.values()):
+            meta[key] = first
+            for entry in seeds.values():
+                del entry[key]
+    meta["seeds"] = {str(seed): entry for seed, entry in seeds.items()}
+    write_atomically(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=2).encode() + b"\n"))
+
+
+def thin(rows: list[dict[str, str]], limit: int = MAX_ROWS) -> list[dict[str, str]]:
+    """At most `limit` rows in their order: the first, the last, all with an evaluation, and of the rest an even choice.
+
+    Evaluations are never dropped, not even where they alone are more than `limit`.
+    """
+    kept = {i for i, row in enumerate(rows) if row.get("eval_return") or i in (0, len(rows) - 1)}
+    rest = [i for i in range(len(rows)) if i not in kept]
+    room = min(max(limit - len(kept), 0), len(rest))
+    kept |= {rest[i] for i in np.linspace(0, len(rest) - 1, room).round().astype(int)} if room else set()
+    return [rows[i] for i in sorted(kept)]
+
+
+def rounded(name: str, cell: str) -> str:
+    """A cell to 6 significant digits; steps are counts and stay exact."""
+    return cell if not cell or name == "step" else f"{float(cell):.6g}"
+
+
+def run_args(folder: Path) -> dict[str, Any]:
+    """The arguments of a run, from its args.json; {} (unlike any run's) where there is none to read."""
+    try:
+        return json.loads((folder / "args.json").read_text())["args"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def record(job: Job, side_by_side: int) -> dict[str, Any]:
+    """Take a finished run into the results: the curve first, then meta.json, which makes it count. The seed's entry.
+
+    Raises RunFault when the run's files are not those of a finished run or the results cannot be written.
+    """
+    try:
+        with open(job.folder / "progress.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        made = json.loads((job.folder / "args.json").read_text())
+        last = rows[-1]
+        entry: dict[str, Any] = {
+            "mean": float(last["eval_return"]),
+            "std": float(last["eval_std"]),
+            "episodes": made["args"]["eval_episodes"],
+            "steps": int(last["step"]),
+            "wall_time": float(last["wall_time"]),
+            "sps": float(last["sps"]),
+            "resumed_at_step": made["resumed_at_step"],
+            "command": shlex.join(
+                ["python", f"{job.script.parent.name}/{job.script.name}", "--env", job.env, "--seed", str(job.seed), *job.extra]
+            ),
+            "args": {name: value for name, value in made["args"].items() if name not in ("run_dir", "resume", "seed")},
+            **{key: made[key] for key in ("versions", "commit", "machine", "engine")},
+            "jobs": side_by_side,  # speeds were measured with so many runs on the machine
+        }
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise RunFault(f"{job.folder} is not the folder of a finished run ({type(error).__name__}: {error})") from error
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(last), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: rounded(name, cell) for name, cell in row.items()} for row in thin(rows))
+    with writing(job.results):
+        job.results.mkdir(parents=True, exist_ok=True)
+        write_atomically(job.results / f"seed_{job.seed}.csv", lambda file: file.write(text.getvalue().encode()))
+        everything = read_seeds(job.results) | {job.seed: entry}
+        dropped = [seed for seed, other in everything.items() if differences(other["args"], job.expected)]  # only with --force
+        for seed in dropped:
+            del everything[seed]
+        write_meta(job.results, job.agent, job.env, everything)
+        for seed in dropped:
+            (job.results / f"seed_{seed}.csv").unlink(missing_ok=True)
+    return entry
+
+
+def is_recorded(job: Job) -> bool:
+    """Whether the results hold this very run."""
+    entry = read_seeds(job.results).get(job.seed)
+    return (
+        entry is not None and (job.results / f"seed_{job.seed}.csv").exists() and not differences(entry["args"], job.expected)
+    )
+
+
+def refuse_mixing(jobs: list[Job]) -> None:
+    """Raise UsageError where results or unfinished runs were made with other arguments than the ones asked for."""
+    for job in jobs:
+        for seed, entry in read_seeds(job.results).items():
+            if how := differences(entry["args"], job.expected):
+                raise UsageError(
+                    f"{job.results} holds seed {seed} made with other arguments ({how}); name another --results, "
+                    "or --force to discard what differs and run it again"
+                )
+        how = differences(run_args(job.folder), job.expected)
+        if how and (job.folder / "checkpoint.pt").exists() and not is_recorded(job):
+            raise UsageError(
+                f"{job.folder} holds a run made with other arguments ({how}); name another --runs, or --force to discard it"
+            )
+
+
+# --- running --------------------------------------------------------------------------------------------------------------
+
+
+def start(job: Job) -> subprocess.Popen:
+    """Start or resume the run, its output going to its log. Raises UsageError (folder in use), OSError."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    resuming = (job.folder / "checkpoint.pt").exists()
+    if any(job.folder.iterdir()):
+        require((job.folder / ".lock").exists(), f"--runs: {job.folder} is not empty and not the folder of a run")
+        lock_folder(job.folder, "--runs").close()  # held: a run left by a killed benchmark is still going on
+        resuming &= not differences(run_args(job.folder), job.expected)
+        if not resuming:
+            shutil.rmtree(job.folder)
+    folder_args = ["--resume", str(job.folder)] if resuming else ["--run-dir", str(job.folder)]
+    command = [sys.executable, str(job.script), "--env", job.env, "--seed", str(job.seed), *job.extra, "--no-progress"]
+    with open(job.log, "ab" if resuming else "wb") as log:
+        # A session of its own: Ctrl-C on the terminal would reach the run too, and a second signal skips its checkpoint.
+        return subprocess.Popen(
+            [*command, *folder_args], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def last_line(log: Path) -> str:
+    """What a run said last."""
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+
+
+def steps_done(folder: Path) -> int:
+    """Environment steps a run has logged so far."""
+    try:
+        with open(folder / "progress.csv", "rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - 4096, 0))
+            lines = file.read().split(b"\n")[:-1]
+        return int(lines[-1].split(b",")[0])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """The list of stop signals received so far: noted, not raised, so that no run is lost between start and bookkeeping."""
+    received: list[int] = []
+    wanted = [each for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
+    before = {each: signal.signal(each, lambda number, _frame: received.append(number)) for each in wanted}
+    try:
+        yield received
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def run_all(jobs: list[Job], side_by_side: int) -> tuple[list[str], int]:
+    """Run the jobs, at most `side_by_side` at a time, recording each when it ends; the failures, and a stop signal or 0."""
+    queue, running, failures, told = list(jobs), dict[subprocess.Popen, Job](), list[str](), 0
+    total, done = sum(job.total_steps for job in jobs), 0
+    bar = tqdm(total=total, unit="step", unit_scale=True, dynamic_ncols=True, disable=None, smoothing=0.05)
+    bar.update(sum(steps_done(job.folder) for job in jobs))
+    bar.start_t, bar.initial = time.time(), bar.n  # what was done before this start is no measure of the speed
+    ended = 0
+
+    def fail(job: Job, reason: str) -> None:
+        failures.append(f"{job}: {reason}")
+        tqdm.write(f"FAILED {failures[-1]}", file=sys.stderr)
+
+    with stop_signals() as signals, bar:
+        try:
+            while queue or running:
+                if len(signals) > told:
+                    # The first lets the runs reach a checkpoint, the second ends them at once, the third kills.
+                    told = len(signals)
+                    queue.clear()
+                    for process in running:
+                        process.send_signal(signal.SIGINT if told <= 2 else signal.SIGKILL)
+                    tqdm.write(f"stopping {len(running)} runs; each writes a checkpoint first", file=sys.stderr)
+                while queue and len(running) < side_by_side:
+                    job = queue.pop(0)
+                    try:
+                        running[start(job)] = job
+                    except (UsageError, OSError) as error:
+                        fail(job, str(error))
+                for process in [each for each in running if each.poll() is not None]:
+                    job, ended = running.pop(process), ended + 1
+                    if process.returncode == 0:
+                        done += job.total_steps
+                        try:
+                            entry = record(job, side_by_side)
+                            summary = f"{entry['mean']:.2f} ± {entry['std']:.2f} over {entry['episodes']} episodes"
+                            tqdm.write(f"{job}: {summary}, {entry['steps']:,} steps, {entry['sps']:,.0f} steps/s")
+                        except RunFault as error:
+                            fail(job, str(error))
+                    elif not signals:
+                        done += job.total_steps
+                        fail(job, f"exit status {process.returncode}: {last_line(job.log)} (log: {job.log})")
+                waiting = sum(steps_done(job.folder) for job in [*running.values(), *queue])
+                bar.set_description_str(f"{ended}/{len(jobs)} runs", refresh=False)
+                bar.update(done + waiting - bar.n)
+                time.sleep(POLL)
+        finally:
+            for process in running:  # only after an error of this script's own
+                process.send_signal(signal.SIGINT)
+    return failures, signals[0] if signals else 0
+
+
+# --- the table ------------------------------------------------------------------------------------------------------------
+
+
+def table(folders: Sequence[Path]) -> str:
+    """One line for each results/AGENT/TASK among `folders` that holds results. Raises UsageError."""
+    lines = [("agent", "task", "steps", "seeds", "final evaluation: mean ± std over seeds [min .. max]", "steps/s")]
+    several = False
+    for folder in folders:
+        if not (seeds := read_seeds(folder)):
+            continue
+        means = [entry["mean"] for entry in seeds.values()]
+        std = f"{np.std(means, ddof=1):.1f}" if len(means) > 1 else "-"
+        mixed = len({entry["commit"] for entry in seeds.values()}) > 1
+        several |= mixed
+        speed, steps = float(np.median([entry["sps"] for entry in seeds.values()])), max(e["steps"] for e in seeds.values())
+        summary = f"{np.mean(means):.1f} ± {std} [{min(means):.1f} .. {max(means):.1f}]"
+        task = json.loads((folder / "meta.json").read_text())
+        lines.append((task["agent"], task["env"], f"{steps:,}", f"{len(seeds)}{'*' * mixed}", summary, f"{speed:,.0f}"))
+    if len(lines) == 1:
+        return "no results yet"
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    aligned = [f"{{:<{w}}}" if i in (0, 1, 4) else f"{{:>{w}}}" for i, w in enumerate(widths)]
+    text = "\n".join("  ".join(cell.format(value) for cell, value in zip(aligned, line, strict=True)) for line in lines)
+    return text + "\n* the seeds were run by several commits: see meta.json" * several
+
+
+def report(args: Args) -> None:
+    """Print the table of all results, or of the agents and tasks given. Raises UsageError."""
+    require(args.results.is_dir(), f"--results {args.results}: no such folder")
+    folders = sorted(path.parent for path in args.results.glob("*/*/meta.json"))
+    chosen = []
+    for folder in folders:
+        if args.agent and folder.parent.name not in args.agent:
+            continue
+        if args.env and folder.name not in [re.sub(r"[^\w.-]+", "_", env) for env in args.env]:
+            continue
+        chosen.append(folder)
+    print(table(chosen))
+
+
+def benchmark(args: Args, command: str) -> int:
+    """Do what the arguments say; the exit status. Raises UsageError, RunFault."""
+    if args.report:
+        report(args)
+        return 0
+    jobs = plan(args)
+    with contextlib.ExitStack() as stack:
+        for folder in dict.fromkeys(job.folder.parent for job in jobs):  # a second benchmark of the same runs has to wait
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock_folder(folder, "--runs"))
+        if not args.force:
+            refuse_mixing(jobs)
+        todo = []
+        for job in jobs:
+            if is_recorded(job):
+                continue
+            finished = (job.folder / "agent.pt").exists()  # what a run writes last
+            if finished and not differences(run_args(job.folder), job.expected):
+                record(job, args.jobs)  # this script was killed before it came to that
+            else:
+                todo.append(job)
+        if skipped := len(jobs) - len(todo):
+            print(f"{skipped} of {len(jobs)} runs are finished and skipped", flush=True)
+        failures, stopped = run_all(todo, args.jobs)
+    print(table(list(dict.fromkeys(job.results for job in jobs))), flush=True)
+    if stopped:
+        print(f"interrupted; to go on: {command}", file=sys.stderr)
+        return 128 + stopped
+    if failures:
+        print(f"{len(failures)} of {len(jobs)} runs failed:", *failures, sep="\n  ", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run, and tell in one line what is wrong; the exit status."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    command = shlex.join(["python", "scripts/benchmark.py", *given])
+    if "--args" in given[:-1]:  # tyro takes a value that begins with dashes for a flag unless it is joined to its own
+        at = given.index("--args")
+        given[at : at + 2] = [f"--args={given[at + 1]}"]
+    try:
+        return benchmark(tyro.cli(Args, args=given, description=__doc__), command)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunFault as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,294 @@
+"""The transition contract: what `VectorEnv.step` yields and `ppo.collect` gathers; spaces, actions, faults of environments."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from zoo.common.envs import GymnasiumVectorEnv, make_envs
+from zoo.common.errors import EnvironmentFault, RunFault, UsageError
+from zoo.common.mujoco_engine import Batch
+from zoo.ppo import collect
+
+
+def act_0(obs, noise):
+    return torch.zeros(len(obs), dtype=torch.int64)
+
+
+# Eight steps of the script in probes.py by two copies; the second begins with the second episode. Columns: obs, reward,
+# next_obs, terminated, truncated. The script starts anew after its fifth episode.
+FIRST = [
+    (10, 1, 11, 0, 0), (11, 2, 12, 1, 0), (20, 3, 21, 0, 1), (30, 4, 31, 0, 0), (31, 5, 32, 0, 0), (32, 6, 33, 0, 1),
+    (40, 7, 41, 1, 0), (50, 8, 51, 1, 1),
+]  # fmt: skip
+SECOND = [
+    (20, 3, 21, 0, 1), (30, 4, 31, 0, 0), (31, 5, 32, 0, 0), (32, 6, 33, 0, 1), (40, 7, 41, 1, 0), (50, 8, 51, 1, 1),
+    (10, 1, 11, 0, 0), (11, 2, 12, 1, 0),
+]  # fmt: skip
+# (return, length) in the order in which they end; of two that end in one step the first copy's stands first
+EPISODES = [(3, 1), (3, 2), (3, 1), (15, 3), (7, 1), (15, 3), (8, 1), (7, 1), (8, 1), (3, 2)]
+
+
+def table(rollout, copy):
+    """The rows of one copy as in FIRST."""
+    columns = (rollout.obs[..., 0], rollout.reward, rollout.next_obs[..., 0], rollout.terminated, rollout.truncated)
+    return [tuple(float(column[t, copy]) for column in columns) for t in range(len(rollout.reward))]
+
+
+def test_a_collected_batch_is_the_script():
+    envs = make_envs("probe/Scripted-v0", 2)
+    rollout, obs, episodes = collect(envs, envs.reset(0), act_0, torch.zeros(8, 2, 2))
+    assert table(rollout, 0) == FIRST
+    assert table(rollout, 1) == SECOND
+    assert obs.tolist() == [[10], [20]]  # what to act on next: the first observations of new episodes
+    assert episodes == EPISODES
+    assert rollout.obs.shape == rollout.next_obs.shape == (8, 2, 1)
+    assert rollout.action.shape == rollout.reward.shape == rollout.terminated.shape == (8, 2)
+    assert rollout.obs.dtype == rollout.next_obs.dtype == rollout.reward.dtype == torch.float32
+    assert rollout.terminated.dtype == rollout.truncated.dtype == torch.bool
+
+
+def test_a_batch_goes_on_where_the_last_one_stopped():
+    """A rollout's boundary is no episode's end: returns and lengths run on, and the last row's successor is the next row."""
+    envs = make_envs("probe/Scripted-v0", 2)
+    obs, rows, ended = envs.reset(0), [], []
+    for _ in range(4):
+        rollout, obs, episodes = collect(envs, obs, act_0, torch.zeros(2, 2, 2))
+        rows += table(rollout, 0)
+        ended += episodes
+    assert rows == FIRST
+    assert ended == EPISODES
+
+
+def test_a_reset_starts_everything_afresh():
+    envs = make_envs("probe/Scripted-v0", 2)
+    collect(envs, envs.reset(0), act_0, torch.zeros(1, 2, 2))  # leaves the first copy in mid-episode
+    rollout, _, episodes = collect(envs, envs.reset(0), act_0, torch.zeros(8, 2, 2))
+    assert table(rollout, 0) == FIRST and episodes == EPISODES
+
+
+def test_the_collected_action_is_what_was_acted_and_what_act_saw_is_the_obs():
+    envs, seen = make_envs("probe/Bounds-v0", 2), []
+
+    def act(obs, noise):
+        seen.append((obs.clone(), noise))
+        return noise * 2
+
+    noise = torch.randn(3, 2, 4)
+    rollout, _, _ = collect(envs, envs.reset(0), act, noise)
+    assert torch.equal(rollout.action, noise * 2)  # unclipped, in the policy's scale: its log-probability is of this
+    assert torch.equal(rollout.obs, torch.stack([obs for obs, _ in seen]))
+    assert torch.equal(torch.stack([step_noise for _, step_noise in seen]), noise)
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_cartpole_equals_gymnasiums(vectorize):
+    """Seeds and actions alike: a plain loop with a manual reset, and SyncVectorEnv in the mode that fills in no rows."""
+    n, steps = 3, 300
+    actions = np.random.default_rng(0).integers(0, 2, (steps, n))
+    envs = make_envs("CartPole-v1", n)
+    obs, ended = envs.reset(7), 0
+    if vectorize:
+        theirs = gym.make_vec("CartPole-v1", n, "sync", vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP})
+        np.testing.assert_array_equal(obs, theirs.reset(seed=7)[0])
+    else:
+        loop = [gym.make("CartPole-v1") for _ in range(n)]
+        np.testing.assert_array_equal(obs, [env.reset(seed=7 + i)[0] for i, env in enumerate(loop)])
+    for action in actions:
+        step = envs.step(action)
+        if vectorize:
+            obs, reward, terminated, truncated, info = theirs.step(action)
+            next_obs = obs.copy()
+            for i in np.flatnonzero(terminated | truncated):
+                next_obs[i] = info["final_obs"][i]
+        else:
+            rows = [env.step(a)[:4] for env, a in zip(loop, action, strict=True)]
+            next_obs, reward, terminated, truncated = (np.array(column) for column in zip(*rows, strict=True))
+            obs = [env.reset()[0] if ends else o for env, o, ends in zip(loop, next_obs, terminated | truncated, strict=True)]
+        for ours, other in zip(step[:5], (obs, reward, next_obs, terminated, truncated), strict=True):
+            np.testing.assert_array_equal(ours, other)
+        ended += len(step.episodes)
+    assert ended >= n
+    envs.close()
+
+
+def test_a_time_limit_truncates_and_keeps_the_successor():
+    envs = make_envs("probe/Endless-v0", 1)
+    envs.reset(0)
+    steps = [envs.step(np.zeros(1, int)) for _ in range(10)]
+    assert [bool(step.truncated[0]) for step in steps] == [False, False, False, False, True] * 2
+    assert not any(step.terminated[0] for step in steps)
+    assert steps[4].episodes == steps[9].episodes == [(5.0, 5)]
+
+
+# --- spaces and actions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error")
+def test_box_actions_are_mapped_to_the_bounds():
+    """Bounds [-4, 4], [0, 1], [1, inf), (-inf, inf): the policy's [-1, 1] spans the first two, the others take it as it is."""
+    envs = make_envs("probe/Bounds-v0", 2)
+    envs.reset(0)
+    envs.step(np.array([[0.5, 0.5, 3.0, 300.0], [-1.0, -1.0, 1.5, -300.0]], np.float32))
+    envs.step(np.array([[1.7, 1.7, -5.0, 0.0], [-2.0, -2.0, 0.5, 0.0]], np.float32))  # outside: clipped
+    first, second = (env.unwrapped.actions for env in envs.envs)
+    assert [a.tolist() for a in first] == [[2.0, 0.75, 3.0, 300.0], [4.0, 1.0, 1.0, 0.0]]
+    assert [a.tolist() for a in second] == [[-4.0, 0.0, 1.5, -300.0], [-4.0, 0.0, 1.0, 0.0]]
+    assert all(a.dtype == np.float32 and envs.envs[0].action_space.contains(a) for a in first + second)
+    assert envs.action_dim == 4 and not envs.discrete
+
+
+def test_box_actions_get_their_shape_back():
+    envs = make_envs("probe/BoxMatrix-v0", 1)
+    envs.reset(0)
+    envs.step(np.array([[0.0, 0.1, 0.2, 0.3, 0.4, 0.5]]))
+    np.testing.assert_allclose(envs.envs[0].unwrapped.actions[0], [[0.0, 0.2, 0.4], [0.6, 0.8, 1.0]], rtol=1e-6)
+    assert envs.action_dim == 6
+
+
+def test_discrete_actions_count_from_the_spaces_start():
+    envs = make_envs("probe/DiscreteStart-v0", 1)
+    envs.reset(0)
+    for action in (0, 2, 1):
+        envs.step(np.array([action]))
+    assert envs.envs[0].unwrapped.actions == [5, 7, 6] and envs.action_dim == 3 and envs.discrete
+
+
+def test_images_are_flattened_in_c_order():
+    envs = make_envs("probe/Image-v0", 2)
+    assert envs.obs_dim == 24
+    obs = envs.reset(0)
+    np.testing.assert_array_equal(obs, np.tile(np.arange(24), (2, 1)))
+    step = envs.step(np.zeros(2, int))
+    np.testing.assert_array_equal(step.obs, np.tile(np.arange(24) + 1, (2, 1)))
+    assert obs.dtype == step.obs.dtype == step.next_obs.dtype == np.float32
+
+
+def test_scalar_observations():
+    envs = make_envs("probe/ScalarObs-v0", 2)
+    assert envs.obs_dim == 1 and envs.reset(0).shape == (2, 1) and envs.step(np.zeros(2, int)).obs.shape == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("DictObs", ["observations are Dict(", "Box", "FlattenObservation"]),
+        ("DiscreteObs", ["observations are Discrete(3)", "Box"]),
+        ("MultiDiscreteAction", ["actions are MultiDiscrete([2 3])", "Box or a Discrete"]),
+        ("DictAction", ["actions are Dict(", "Box or a Discrete"]),
+    ],
+)
+def test_spaces_that_are_refused(name, words):
+    with pytest.raises(UsageError) as refusal:
+        make_envs(f"probe/{name}-v0", 2)
+    message = str(refusal.value)
+    assert message.startswith(f"--env probe/{name}-v0: ") and "\n" not in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("env_id", "nearest"),
+    [("CartPol-v1", "CartPole-v1"), ("HalfChetah-v4", "HalfCheetah-v4"), ("probe/Endles-v0", "probe/Endless-v0")],
+)
+def test_an_unknown_id_is_told_with_the_nearest(env_id, nearest):
+    with pytest.raises(UsageError) as refusal:
+        make_envs(env_id, 1)
+    message = str(refusal.value)
+    assert message.startswith(f"--env {env_id}: ") and "\n" not in message
+    assert nearest in message.split("nearest: ")[1].split(", ")
+
+
+@pytest.mark.parametrize("env_id", ["", "qqqqqq", "nosuchmodule:Env-v0", "CartPole-v999", "a b/c"])
+def test_other_ids_that_cannot_be_made(env_id):
+    with pytest.raises(UsageError, match=r"--env [^\n]*\Z"):
+        make_envs(env_id, 1)
+
+
+def test_a_constructor_that_raises_is_told():
+    def broken():
+        raise FileNotFoundError("no\nmodel file")
+
+    gym.register("probe/Broken-v0", broken)
+    try:
+        with pytest.raises((UsageError, RunFault), match=r"probe/Broken-v0[^\n]*model file"):
+            make_envs("probe/Broken-v0", 1)
+    finally:
+        gym.registry.pop("probe/Broken-v0")
+
+
+def test_no_environments():
+    with pytest.raises(UsageError, match="--num-envs must be at least 1, not 0"):
+        make_envs("CartPole-v1", 0)
+
+
+# --- engines --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(Batch is None, reason="needs MuJoCo 4.0 or later")
+def test_the_engine_is_chosen_by_the_task():
+    engines = {(env_id, engine): make_envs(env_id, 1, engine, threads=1).engine for env_id, engine in (
+        ("CartPole-v1", "auto"), ("CartPole-v1", "gymnasium"), ("HalfCheetah-v4", "auto"),
+        ("HalfCheetah-v4", "mujoco"), ("HalfCheetah-v4", "gymnasium"), ("probe/Act-v0", "auto"),
+    )}  # fmt: skip
+    served = [key for key, engine in engines.items() if engine == "mujoco"]
+    assert served == [("HalfCheetah-v4", "auto"), ("HalfCheetah-v4", "mujoco")]
+    with pytest.raises(UsageError, match="mujoco does not serve CartPole-v1"):
+        make_envs("CartPole-v1", 1, "mujoco")
+
+
+def test_closing_closes_every_copy(monkeypatch):
+    envs, closed = make_envs("probe/Act-v0", 3), []
+    assert isinstance(envs, GymnasiumVectorEnv)
+    for i, env in enumerate(envs.envs):
+        monkeypatch.setattr(env, "close", lambda i=i: closed.append(i))
+    envs.close()
+    assert closed == [0, 1, 2]
+
+
+# --- faults of environments -----------------------------------------------------------------------------------------------
+
+
+def run_until_fault(name, seed=0):
+    envs = make_envs(f"probe/Faulty-{name}-v0", 3)
+    envs.envs[0].unwrapped.at = envs.envs[2].unwrapped.at = 10**9  # the second copy is the faulty one
+    envs.reset(seed)
+    with pytest.raises(EnvironmentFault) as fault:
+        for _ in range(200):
+            envs.step(np.zeros(3, int))
+    steps = envs.envs[1].unwrapped.count
+    return str(fault.value), steps
+
+
+@pytest.mark.parametrize(("name", "what"), [("obs", "observation"), ("reward", "reward")])
+def test_a_non_finite_value_names_what_and_where(name, what):
+    message, steps = run_until_fault(name)
+    assert message == f"probe/Faulty-{name}-v0 returned a non-finite {what} in environment 1 of 3"
+    assert steps == 40
+
+
+def test_a_non_finite_observation_at_a_reset_names_the_environment():
+    envs = make_envs("probe/Faulty-reset-v0", 3)
+    for i, env in enumerate(envs.envs):
+        env.unwrapped.at = 2 if i == 1 else 10**9
+    envs.reset(0)
+    envs.step(np.zeros(3, int))
+    envs.envs[0].unwrapped.t = 0  # now the second and third end one step before the first
+    envs.step(np.zeros(3, int))
+    with pytest.raises(EnvironmentFault, match="non-finite observation at reset in environment 1 of 3"):
+        envs.step(np.zeros(3, int))
+
+
+def test_what_an_environment_raises_is_told_in_one_line():
+    message, steps = run_until_fault("raise")
+    assert message.startswith("probe/Faulty-raise-v0 raised ZeroDivisionError in step: the physics") and steps == 40
+    assert "exploded" in message and "\n" not in message
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_an_observation_beyond_float32_is_non_finite(monkeypatch):
+    """The networks see float32: 1e39 is infinite there."""
+    envs = make_envs("probe/Act-v0", 1)
+    envs.reset(0)
+    monkeypatch.setattr(envs.envs[0].unwrapped, "see", lambda: np.array([1e39]))
+    with pytest.raises(EnvironmentFault, match="non-finite observation"):
+        envs.step(np.zeros(1, int))

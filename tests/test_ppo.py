@@ -1,0 +1,654 @@
+"""PPO: its formulas against independent ones, its batches, probe environments, whole runs, and what it refuses."""
+
+import csv
+import fcntl
+import math
+import re
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import distributions as td
+from torch.func import grad_and_value
+
+from zoo import ppo
+from zoo.common.cli import main
+from zoo.common.envs import make_envs
+from zoo.common.errors import EnvironmentFault, RunFault
+from zoo.common.files import load_checkpoint
+from zoo.common.normalize import normalize
+from zoo.common.run import Run
+from zoo.ppo import Args, Batch, Categorical, Gaussian, adapt_kl_coef, draw_noise, gae, policy_loss, ppo_loss, value_loss
+
+# --- generalised advantage estimation, E11 --------------------------------------------------------------------------------
+
+# gamma 1/2. One environment sees a termination (row 1), a truncation (row 2) and the rollout's boundary (row 4):
+#   delta_0 = 1 + 4/2 - 2 = 1      delta_1 = 2 - 4 = -2 (terminated: V' = 100 is worth nothing)
+#   delta_2 = 3 + 8/2 - 6 = 1 (truncated: V' counts)      delta_3 = 4 + 2/2 - 10 = -5      delta_4 = 5 + 6/2 - 2 = 6
+# The other, with rewards 1 and a critic of zeros, sees none: its deltas are 1.
+GAE_ROWS = dict(
+    reward=[[1, 1], [2, 1], [3, 1], [4, 1], [5, 1]],
+    value=[[2, 0], [4, 0], [6, 0], [10, 0], [2, 0]],
+    next_value=[[4, 0], [100, 0], [8, 0], [2, 0], [6, 0]],
+    terminated=[[0, 0], [1, 0], [0, 0], [0, 0], [0, 0]],
+    truncated=[[0, 0], [0, 0], [1, 0], [0, 0], [0, 0]],
+)
+
+
+def gae_inputs(**changes):
+    rows = {name: torch.tensor(values, dtype=torch.float64) for name, values in (GAE_ROWS | changes).items()}
+    return {name: rows[name].bool() if name in ("terminated", "truncated") else rows[name] for name in rows}
+
+
+@pytest.mark.parametrize(
+    ("lam", "first", "second"),
+    [
+        (0.0, [1, -2, 1, -5, 6], [1, 1, 1, 1, 1]),
+        # factor gamma lambda = 1/4: A_3 = -5 + 6/4, A_2 = 1 and A_1 = -2 (both cut), A_0 = 1 - 2/4
+        (0.5, [0.5, -2, 1, -3.5, 6], [1.33203125, 1.328125, 1.3125, 1.25, 1]),
+        # factor 1/2: A_3 = -5 + 6/2 = (4 + 5/2 + 6/4) - 10, the discounted rewards and the last value less V
+        (1.0, [0, -2, 1, -2, 6], [1.9375, 1.875, 1.75, 1.5, 1]),
+    ],
+)
+def test_gae_by_hand(lam, first, second):
+    advantage = gae(**gae_inputs(), gamma=0.5, lam=lam)
+    assert advantage[:, 0].tolist() == first
+    assert advantage[:, 1].tolist() == second
+
+
+def test_gae_of_a_step_both_terminated_and_truncated_does_not_bootstrap():
+    both = gae(**gae_inputs(truncated=[[0, 0], [1, 0], [1, 0], [0, 0], [0, 0]]), gamma=0.5, lam=0.5)
+    assert both[:, 0].tolist() == [0.5, -2, 1, -3.5, 6]
+
+
+# --- distributions --------------------------------------------------------------------------------------------------------
+
+
+def test_categorical_equals_torchs():
+    logits = torch.randn(20, 5, dtype=torch.float64) * 3
+    action = torch.randint(5, (20,))
+    ours, theirs = Categorical(logits), td.Categorical(logits=logits)
+    torch.testing.assert_close(ours.log_prob(action), theirs.log_prob(action))
+    torch.testing.assert_close(ours.entropy(), theirs.entropy())
+    assert torch.equal(ours.mode(), theirs.probs.argmax(-1))
+
+
+def test_gaussian_equals_torchs():
+    mean, log_std = torch.randn(20, 3, dtype=torch.float64), torch.tensor([-1.0, 0.0, 0.7], dtype=torch.float64)
+    action = torch.randn(20, 3, dtype=torch.float64)
+    ours, theirs = Gaussian(mean, log_std), td.Normal(mean, log_std.exp())
+    torch.testing.assert_close(ours.log_prob(action), theirs.log_prob(action).sum(-1))
+    torch.testing.assert_close(ours.entropy(), theirs.entropy().sum(-1))
+    assert torch.equal(ours.mode(), mean)
+
+
+def test_categorical_samples_have_its_frequencies():
+    p, n = torch.tensor([0.5, 0.3, 0.15, 0.04, 0.01]), 100_000
+    envs, generator = SimpleNamespace(discrete=True, action_dim=5), torch.Generator().manual_seed(0)
+    noise = draw_noise(envs, n, generator=generator)
+    frequency = Categorical(p.log() + 7).sample(noise).bincount(minlength=5) / n
+    assert ((frequency - p).abs() < 5 * (p * (1 - p) / n).sqrt()).all(), frequency
+
+
+def test_gaussian_samples_have_its_moments():
+    n, mean, log_std = 100_000, torch.tensor([1.0, -2.0]), torch.tensor([0.5, -1.0])
+    envs, generator = SimpleNamespace(discrete=False, action_dim=2), torch.Generator().manual_seed(0)
+    sample = Gaussian(mean, log_std).sample(draw_noise(envs, n, generator=generator))
+    std = log_std.exp()
+    assert ((sample.mean(0) - mean).abs() < 5 * std / n**0.5).all()
+    assert ((sample.var(0) - std**2).abs() < 5 * std**2 * (2 / n) ** 0.5).all()
+    assert abs(np.corrcoef(sample.T)[0, 1]) < 5 / n**0.5
+
+
+def test_noise_comes_from_the_generator_alone():
+    envs = SimpleNamespace(discrete=True, action_dim=2)
+    first, again = (draw_noise(envs, 4, 3, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert first.shape == (4, 3, 2) and torch.equal(first, again)
+
+
+# --- losses, E10 ----------------------------------------------------------------------------------------------------------
+
+
+def test_clipped_surrogate_is_piecewise_linear():
+    """min(r A, clip(r) A) is min(r, 1 + eps) A where A > 0 and max(r, 1 - eps) A where A < 0; its slope says what is learnt."""
+    for advantage, bound in ((2.0, torch.minimum), (-3.0, torch.maximum)):
+        limit = torch.tensor(1.2 if advantage > 0 else 0.8, dtype=torch.float64)
+        for r in (0.1, 0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0, 10.0):
+            ratio = torch.tensor([r], dtype=torch.float64, requires_grad=True)
+            loss = policy_loss(ratio, ratio.log(), torch.tensor([advantage]), torch.tensor(1.0), "clip", 0.2)
+            assert loss.item() == pytest.approx(-(bound(ratio.detach(), limit) * advantage).item(), rel=1e-12)
+            (slope,) = torch.autograd.grad(loss, ratio)
+            beyond = r > 1.2 if advantage > 0 else r < 0.8  # outside, on the side that would improve L
+            assert slope.item() == (0.0 if beyond else -advantage), (advantage, r)
+
+
+@pytest.mark.parametrize("surrogate", ["kl", "adaptive-kl"])
+def test_kl_penaltys_gradient_is_that_of_the_exact_kl(surrogate):
+    """Enumerated: eight samples that hold each action in just its probability under pi_old make the mean an expectation."""
+    action, old = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3]), torch.tensor([1 / 2, 1 / 4, 1 / 8, 1 / 8], dtype=torch.float64)
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.5], dtype=torch.float64, requires_grad=True)
+    log_ratio = Categorical(logits.expand(8, 4)).log_prob(action) - old.log()[action]
+    loss = policy_loss(log_ratio.exp(), log_ratio, torch.zeros(8), torch.tensor(0.7), surrogate, 0.2)
+    exact = 0.7 * td.kl_divergence(td.Categorical(probs=old), td.Categorical(logits=logits))
+    torch.testing.assert_close(loss, exact)
+    ours, theirs = (torch.autograd.grad(x, logits)[0] for x in (loss, exact))
+    torch.testing.assert_close(ours, theirs)
+    reverse = 0.7 * td.kl_divergence(td.Categorical(logits=logits), td.Categorical(probs=old))
+    assert (torch.autograd.grad(reverse, logits)[0] - ours).abs().max() > 0.05  # not KL(pi || pi_old)
+
+
+def test_value_loss_by_hand():
+    value, old, return_ = torch.tensor([1.0, 3.0, -1.0]), torch.tensor([0.0, 2.9, 1.0]), torch.tensor([2.0, 3.0, 0.0])
+    assert value_loss(value, old, return_, None).item() == pytest.approx((1 + 0 + 1) / 3)
+    # clipped to old +- 0.5: 0.5, 3, 0.5, with errors 2.25, 0, 0.25; the worse: 2.25, 0, 1
+    assert value_loss(value, old, return_, 0.5).item() == pytest.approx((2.25 + 0 + 1) / 3)
+
+
+B, D, A = 40, 3, 4  # batch, observation, actions
+
+
+def linear_forward(discrete):
+    """A policy and a critic linear in the observation, as a function of one flat vector."""
+
+    def forward(params, obs):
+        weights, log_std, value_weights = params.split((D * A, A, D))
+        mean = obs @ weights.view(D, A)
+        return Categorical(mean) if discrete else Gaussian(mean, log_std), obs @ value_weights
+
+    return forward
+
+
+def reference_loss(params, batch, beta, args, discrete):
+    """The loss as NumPy, row by row, has it."""
+    weights, log_std, value_weights = np.split(params, (D * A, D * A + A))
+    terms, kls, clipped, v_errors, entropies = [], [], [], [], []
+    obs, action, old_log_prob, old_value, advantage, return_ = (np.asarray(column) for column in batch)
+    if args.normalize_advantages:
+        advantage = (advantage - np.mean(advantage)) / (np.std(advantage) + 1e-8)  # NumPy's std has ddof 0
+    for i in range(B):
+        mean = obs[i] @ weights.reshape(D, A)
+        if discrete:
+            dist = td.Categorical(logits=torch.from_numpy(mean))
+            log_prob = dist.log_prob(torch.tensor(action[i])).item()
+            entropies.append(dist.entropy().item())
+        else:
+            log_prob = sum(
+                -((a - m) ** 2) / (2 * math.exp(2 * s)) - s - math.log(2 * math.pi) / 2
+                for a, m, s in zip(action[i], mean, log_std, strict=True)
+            )
+            entropies.append(sum(s + (1 + math.log(2 * math.pi)) / 2 for s in log_std))
+        r = math.exp(log_prob - old_log_prob[i])
+        kls.append(r - 1 - math.log(r))
+        clipped.append(not 1 - args.clip <= r <= 1 + args.clip)
+        if args.surrogate == "clip":
+            limited = min(r, 1 + args.clip) if advantage[i] > 0 else max(r, 1 - args.clip)
+            terms.append(limited * advantage[i])
+        else:
+            terms.append(r * advantage[i] - (beta * kls[-1] if "kl" in args.surrogate else 0))
+        value = obs[i] @ value_weights
+        error = (value - return_[i]) ** 2
+        if args.value_clip is not None:
+            near = min(max(value, old_value[i] - args.value_clip), old_value[i] + args.value_clip)
+            error = max(error, (near - return_[i]) ** 2)
+        v_errors.append(error)
+    loss = -np.mean(terms) + args.value_coef * np.mean(v_errors) - args.entropy_coef * np.mean(entropies)
+    metrics = dict(policy_loss=-np.mean(terms), value_loss=np.mean(v_errors), entropy=np.mean(entropies))
+    return loss, metrics | dict(approx_kl=np.mean(kls), clipfrac=np.mean(clipped))
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+@pytest.mark.parametrize("normalize_advantages", [True, False])
+@pytest.mark.parametrize("value_clip", [None, 0.3])
+@pytest.mark.parametrize("surrogate", ["clip", "kl", "adaptive-kl", "unclipped"])
+def test_loss_and_gradient_equal_the_formula(surrogate, value_clip, normalize_advantages, discrete):
+    args = Args(
+        surrogate=surrogate, value_clip=value_clip, normalize_advantages=normalize_advantages, clip=0.15,
+        value_coef=0.6, entropy_coef=0.05,
+    )  # fmt: skip
+    rng = np.random.default_rng(3)
+    params = rng.normal(size=D * A + A + D) * 0.5
+    obs = rng.normal(size=(B, D))
+    action = rng.integers(0, A, B) if discrete else rng.normal(size=(B, A))
+    batch = Batch(*map(torch.from_numpy, (
+        obs, action, np.zeros(B), obs @ params[-D:] + rng.normal(size=B) * 0.4, rng.normal(0.5, 2.0, B), rng.normal(size=B),
+    )))  # fmt: skip
+    forward = linear_forward(discrete)
+    now = forward(torch.from_numpy(params), batch.obs)[0].log_prob(batch.action)
+    batch = batch._replace(log_prob=now + torch.from_numpy(rng.normal(size=B) * 0.3))  # ratios on both sides of the range
+    beta = torch.tensor(1.7, dtype=torch.float64)
+    gradient, (loss, metrics) = grad_and_value(ppo_loss, has_aux=True)(torch.from_numpy(params), batch, beta, forward, args)
+    expected, expected_metrics = reference_loss(params, batch, 1.7, args, discrete)
+    assert loss.item() == pytest.approx(expected, rel=1e-10)
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected_metrics, rel=1e-6)
+    assert 0.2 < metrics["clipfrac"] < 0.9
+    h = 1e-6
+    for i, ours in enumerate(gradient.tolist()):
+        step = h * np.eye(len(params))[i]
+        up, down = (reference_loss(params + sign * step, batch, 1.7, args, discrete)[0] for sign in (1, -1))
+        assert ours == pytest.approx((up - down) / (2 * h), abs=1e-7), i
+
+
+def test_adapting_the_kl_coefficient():
+    """The PPO paper's section 4: halve below d / 1.5, double above 1.5 d."""
+    for kl, factor in ((0.0, 0.5), (0.0066, 0.5), (0.0067, 1.0), (0.01, 1.0), (0.0149, 1.0), (0.0151, 2.0), (1.0, 2.0)):
+        assert adapt_kl_coef(torch.tensor(3.0), torch.tensor(kl), 0.01).item() == pytest.approx(3 * factor), kl
+
+
+# --- what train hands to the update ---------------------------------------------------------------------------------------
+
+SMALL = dict(
+    num_envs=8, num_steps=16, minibatch_size=128, num_epochs=10, learning_rate=1e-2, hidden=(16,), gamma=0.9, eval_every=0,
+    total_steps=128 * 25, normalize_obs=False, scale_rewards=False, device="cpu", compile=False, progress=False, env_threads=1,
+)  # fmt: skip
+
+
+def small(folder, env, **changes):
+    return Args(**{**SMALL, "env": env, "run_dir": str(folder), **changes})
+
+
+def rows(folder):
+    """progress.csv without the clocks."""
+    with open(Path(folder) / "progress.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in ("wall_time", "sps")} for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """The functions that train hands to compile_function, and the arguments of their calls, by name."""
+    seen = SimpleNamespace(functions={}, calls={})
+
+    def record(function, device, enabled):
+        calls = seen.calls.setdefault(function.__name__, [])
+        seen.functions[function.__name__] = function
+
+        def call(*args):
+            calls.append(args)
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(ppo, "compile_function", record)
+    return seen
+
+
+@pytest.mark.parametrize("normalize_advantages", [True, False])
+def test_targets_bootstrap_from_the_true_successor_and_from_the_raw_advantage(tmp_path, spy, normalize_advantages):
+    """On the script of probes.py, lambda 0: R = r + gamma (1 - terminated) V(next_obs) for every row, of two iterations."""
+    from test_envs import FIRST, SECOND
+
+    ppo.train(small(
+        tmp_path, "probe/Scripted-v0", num_envs=2, num_steps=8, minibatch_size=16, total_steps=32, num_epochs=1, seed=2,
+        gae_lambda=0.0, normalize_advantages=normalize_advantages, normalize_obs=True,
+    ))  # fmt: skip
+    critic = spy.functions["critic"]
+    transitions = {row[0]: row for row in FIRST + SECOND}
+    assert len(spy.calls["update"]) == 2 and len(transitions) == 8
+    for iteration, (params, _, batch, _, _) in enumerate(spy.calls["update"]):
+        stats = spy.calls["act"][8 * iteration][1]  # of the observations when these were acted on
+        assert stats["count"] == 16 * iteration
+        if iteration:
+            assert stats["mean"].item() == pytest.approx(np.mean([row[0] for row in FIRST + SECOND]), rel=1e-12)
+
+        def value(obs, params=params, stats=stats):
+            return critic(params, normalize(torch.tensor([[float(obs)]]), stats))
+
+        seen = {obs: normalize(torch.tensor([float(obs)]), stats) for obs in transitions}
+        found = [next(obs for obs in transitions if torch.equal(seen[obs], row)) for row in batch.obs]
+        assert set(found) == set(transitions)
+        for i, obs in enumerate(found):
+            _, reward, next_obs, terminated, _ = transitions[obs]
+            target = reward + 0.9 * (1 - terminated) * value(next_obs)
+            torch.testing.assert_close(batch.return_[i : i + 1], target, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(batch.value[i : i + 1], value(obs), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(batch.advantage[i : i + 1], target - value(obs), rtol=1e-5, atol=1e-5)
+        if iteration:  # the wrong successors, the first observations after the two truncations, have other values
+            assert abs(value(21) - value(30)) > 0.01 and abs(value(33) - value(40)) > 0.01
+    assert batch.advantage.mean().abs() > 0.1 and abs(batch.advantage.std(unbiased=False) - 1) > 0.1  # raw
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_epochs_visit_every_transition_and_recompute_advantages_when_asked(tmp_path, spy, recompute):
+    ppo.train(small(
+        tmp_path, "CartPole-v1", minibatch_size=32, num_epochs=3, total_steps=256, recompute_advantages=recompute,
+    ))  # fmt: skip
+    log_prob, critic = spy.functions["log_prob"], spy.functions["critic"]
+    updates = spy.calls["update"]
+    assert len(updates) == 2 * 3 * 4
+    for iteration in (updates[:12], updates[12:]):
+        epochs = [iteration[0:4], iteration[4:8], iteration[8:12]]
+        columns = [Batch(*map(torch.cat, zip(*(call[2] for call in epoch), strict=True))) for epoch in epochs]
+        orders = [column.obs[:, 0].argsort() for column in columns]
+        for epoch, column, order in zip(epochs, columns, orders, strict=True):
+            assert torch.equal(column.obs[order], columns[0].obs[orders[0]])
+            assert torch.equal(column.log_prob[order], columns[0].log_prob[orders[0]])  # pi_old's, in every epoch
+            params = epoch[0][0] if recompute else epochs[0][0][0]
+            torch.testing.assert_close(column.value, critic(params, column.obs), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(column.return_, column.advantage + column.value)
+        same = torch.equal(columns[2].advantage[orders[2]], columns[0].advantage[orders[0]])
+        assert same != recompute
+        assert not torch.equal(columns[0].obs, columns[1].obs)  # shuffled anew
+        params, _, batch = iteration[0][:3]
+        torch.testing.assert_close(log_prob(params, batch.obs, batch.action), batch.log_prob)  # the first ratio is 1
+
+
+def test_learning_rate_falls_linearly_or_stays(tmp_path):
+    for anneal in (True, False):
+        args = small(tmp_path / str(anneal), "probe/Act-v0", total_steps=640, num_epochs=1, anneal=anneal)
+        ppo.train(args)
+        rates = [float(row["learning_rate"]) for row in rows(args.run_dir)]
+        assert rates == pytest.approx([1e-2 * (1 - i / 5 if anneal else 1) for i in range(5)], rel=1e-6)
+
+
+def test_rewards_are_scaled_by_the_deviation_of_discounted_sums(tmp_path, spy):
+    """With episodes of one step the discounted sums are the rewards."""
+    ppo.train(small(tmp_path, "probe/ActBox-v0", scale_rewards=True, total_steps=256, num_epochs=1, gae_lambda=1.0))
+    (_, _, first, *_), _ = spy.calls["update"]
+    raw = -((2 * first.action[:, 0].clamp(-1, 1) + 1) ** 2)  # the action 4 + 2a, less 3, squared
+    torch.testing.assert_close(first.return_, raw / raw.std(unbiased=False), rtol=1e-4, atol=1e-4)
+
+
+# --- probe environments ---------------------------------------------------------------------------------------------------
+
+
+def learnt(args):
+    """What a run leaves in agent.pt: V of observations, and the deterministic policy's actions in the environment's scale."""
+    ppo.train(args)
+    acting = load_checkpoint(Path(args.run_dir) / "agent.pt", "--agent")["state"]
+    envs = make_envs(args.env, 1)
+    net = ppo.ActorCritic(envs, args.hidden, args.log_std, args.shared_network)
+    params = ppo.flatten(net)[1](acting["params"])
+    policy = ppo.make_policy(envs, args, acting)
+
+    def value(*obs):
+        seen = normalize(torch.tensor(obs, dtype=torch.float32)[:, None], acting["obs_stats"])
+        return torch.func.functional_call(net, params, (seen,))[1].tolist()
+
+    def act(*obs):
+        return envs.to_env_action(policy(np.array(obs, np.float32)[:, None])).reshape(-1).tolist()
+
+    return value, act
+
+
+def test_probe_value_of_a_constant(tmp_path):
+    value, _ = learnt(small(tmp_path, "probe/ConstantValue-v0"))
+    assert value(0) == pytest.approx([1.0], abs=0.02)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_probe_reading_the_observation(tmp_path, shared):
+    value, _ = learnt(small(tmp_path, "probe/ObservedReward-v0", shared_network=shared))
+    assert value(-1, 1) == pytest.approx([-1.0, 1.0], abs=0.02)
+
+
+def test_probe_discounting(tmp_path):
+    value, _ = learnt(small(tmp_path, "probe/Discount-v0", gamma=0.7))
+    assert value(0, 1) == pytest.approx([0.7, 1.0], abs=0.02)
+
+
+def test_probe_time_limit_is_no_end_of_the_world(tmp_path):
+    """Reward 1 for ever, cut every 5 steps: V = 1 / (1 - 0.9), where a truncation taken for a termination makes at most 4.1."""
+    value, _ = learnt(small(tmp_path, "probe/Endless-v0", total_steps=128 * 50))
+    assert value(0) == pytest.approx([10.0], abs=0.3)
+
+
+def test_probe_acting(tmp_path):
+    _, act = learnt(small(tmp_path, "probe/Act-v0"))
+    assert act(0) == [1]
+
+
+def test_probe_acting_in_a_box(tmp_path):
+    _, act = learnt(small(tmp_path, "probe/ActBox-v0"))
+    assert act(0) == pytest.approx([3.0], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(surrogate="kl"), dict(surrogate="adaptive-kl"), dict(surrogate="unclipped"), dict(normalize_advantages=True),
+     dict(shared_network=True, entropy_coef=0.01), dict(target_kl=0.02), dict(normalize_obs=True, scale_rewards=True)],
+    ids=lambda changes: ",".join(changes) or "defaults",
+)  # fmt: skip
+def test_probe_acting_on_the_observation(tmp_path, changes):
+    _, act = learnt(small(tmp_path, "probe/ActOnObs-v0", **changes))
+    assert act(-1, 1) == [0, 1]
+
+
+@pytest.mark.parametrize("changes", [{}, dict(shared_network=True, surrogate="adaptive-kl"), dict(value_clip=0.5)])
+def test_probe_acting_on_the_observation_in_a_box(tmp_path, changes):
+    _, act = learnt(small(tmp_path, "probe/ActOnObsBox-v0", **changes))
+    assert act(-1, 1) == pytest.approx([3.0, 5.0], abs=0.2)
+
+
+# --- whole runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env", ["probe/ActOnObs-v0", "probe/ActOnObsBox-v0"])
+def test_target_kl_ends_the_epochs(tmp_path, env):
+    for target_kl in (None, 1e6, 0.001):
+        args = small(tmp_path / str(target_kl), env, learning_rate=0.05, target_kl=target_kl, total_steps=128 * 6)
+        ppo.train(args)
+        epochs = [int(row["epochs"]) for row in rows(args.run_dir)]
+        assert max(epochs) < 10 and min(epochs) < 5 if target_kl == 0.001 else epochs == [10] * 6
+
+
+def test_adaptive_kl_moves_its_coefficient_and_runs_all_epochs(tmp_path):
+    args = small(tmp_path, "probe/ActOnObsBox-v0", surrogate="adaptive-kl", learning_rate=0.05, target_kl=1e-4, total_steps=640)
+    ppo.train(args)
+    assert [float(row["kl_coef"]) for row in rows(tmp_path)] == [2, 4, 8, 16, 32]  # the KL stays far above the target
+    assert {row["epochs"] for row in rows(tmp_path)} == {"10"}
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_the_same_seed_gives_the_same_table(tmp_path, env):
+    changes = dict(total_steps=640, eval_every=256, eval_episodes=2, normalize_obs=True, scale_rewards=True, num_epochs=2)
+    tables = []
+    for name, seed in (("one", 3), ("two", 3), ("other", 4)):
+        torch.manual_seed(len(tables))  # nothing of the process's own generators may matter
+        np.random.seed(len(tables))  # noqa: NPY002
+        ppo.train(small(tmp_path / name, env, seed=seed, **changes))
+        tables.append(rows(tmp_path / name))
+    assert tables[0] == tables[1]
+    assert tables[0] != tables[2] and len(tables[0]) == 5
+    assert [bool(row["eval_return"]) for row in tables[0]] == [False, True, False, True, True]
+
+
+def test_a_stopped_run_resumed_equals_one_that_was_not(tmp_path, monkeypatch):
+    """On a task without memory across steps nothing but the checkpoint's content matters, so the tables are equal."""
+    changes = dict(
+        surrogate="adaptive-kl",
+        normalize_obs=True,
+        scale_rewards=True,
+        num_epochs=3,
+        total_steps=128 * 7,
+        checkpoint_every=1e-9,
+    )
+    whole, halves = (small(tmp_path / name, "probe/ActOnObsBox-v0", **changes) for name in ("whole", "halves"))
+    # a resumed run seeds its environments anew: here every iteration does, by its number
+    collect, calls = ppo.collect, []
+
+    def collect_reseeded(envs, obs, act, noise):
+        calls.append(len(calls))
+        if stop_at is not None and len(calls) == stop_at:
+            raise RunFault("power cut")
+        return collect(envs, envs.reset(100 * len(calls)), act, noise)
+
+    monkeypatch.setattr(ppo, "collect", collect_reseeded)
+    stop_at = None
+    ppo.train(whole)
+    calls.clear()
+    stop_at = 5
+    with pytest.raises(RunFault, match="power cut"):
+        ppo.train(halves)
+    Run.latest.close()  # as main does
+    assert load_checkpoint(tmp_path / "halves" / "checkpoint.pt", "--resume")["step"] == 128 * 4
+    assert len(rows(tmp_path / "halves")) == 4
+    calls.pop()
+    stop_at = None
+    ppo.train(replace(halves, run_dir=None, resume=halves.run_dir))
+    assert rows(tmp_path / "halves") == rows(tmp_path / "whole")
+    assert len({row["kl_coef"] for row in rows(tmp_path / "whole")}) > 1
+    ends = [load_checkpoint(tmp_path / name / "checkpoint.pt", "--resume")["state"] for name in ("whole", "halves")]
+    assert ends[0].keys() == ends[1].keys()
+    for name in ("params", "generator"):
+        assert torch.equal(ends[0][name], ends[1][name])
+
+
+def test_a_finished_run_can_be_resumed_and_says_so_or_ends_at_once(tmp_path, command_line):
+    """There is nothing left to do (total steps are no multiple of the batch here): no traceback, and the files stay whole."""
+    ppo.train(small(tmp_path, "probe/Act-v0", total_steps=300, num_epochs=1))
+    status, lines = command_line("--resume", tmp_path)
+    assert status in (0, 2) and len(lines) <= 1
+    assert load_checkpoint(tmp_path / "checkpoint.pt", "--resume")["step"] == 256 == int(rows(tmp_path)[-1]["step"])
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_batch_of_one_transition_runs_or_is_refused(tmp_path, command_line):
+    status, lines = command_line(
+        "--env", "probe/Act-v0", "--num-envs", 1, "--num-steps", 1, "--minibatch-size", 1, "--total-steps", 3, "--no-compile",
+        "--run-dir", tmp_path,
+    )  # fmt: skip
+    assert (status, lines) == (0, []) or (status == 2 and len(lines) == 1)
+
+
+def test_cartpole_is_learnt(tmp_path, monkeypatch, capsys):
+    """The task's own settings, from the command line."""
+    run = ["ppo.py", "--env", "CartPole-v1", "--total-steps", "20000", "--no-compile", "--run-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", run)
+    main(Args, ppo.train, lambda env: ppo.SETTINGS.get(env, {}))
+    out = capsys.readouterr().out
+    mean = float(re.fullmatch(r"final evaluation: (\S+) ± \S+ over 10 episodes\n", out)[1])
+    assert mean >= 475
+    assert float(rows(tmp_path)[-1]["eval_return"]) == pytest.approx(mean, abs=0.01)
+
+
+# --- bad input and faults -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys):
+    """Run PPO's command line in this process: its exit status and the lines on stderr."""
+
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["ppo.py", *map(str, argv)])
+        capsys.readouterr()
+        try:
+            main(Args, ppo.train, lambda env: ppo.SETTINGS.get(env, {}))
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return status, capsys.readouterr().err.splitlines()
+
+    old = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield run
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), old, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--minibatch-size", 100], ["--minibatch-size 100", "2048"]),
+        (["--minibatch-size", 4096], ["--minibatch-size 4096", "2048"]),
+        (["--minibatch-size", 0], ["--minibatch-size", "at least 1", "0"]),
+        (["--num-envs", 0], ["--num-envs", "at least 1", "0"]),
+        (["--num-steps", -3], ["--num-steps", "at least 1", "-3"]),
+        (["--num-epochs", 0], ["--num-epochs", "at least 1", "0"]),
+        (["--total-steps", -1], ["--total-steps", "at least 1", "-1"]),
+        (["--total-steps", 2047], ["--total-steps 2047", "2048"]),
+        (["--gamma", 1.01], ["--gamma", "[0, 1]", "1.01"]),
+        (["--gae-lambda", -0.1], ["--gae-lambda", "[0, 1]", "-0.1"]),
+        (["--hidden", 0], ["--hidden"]),
+        (["--hidden"], ["--hidden"]),
+        (["--clip", -0.2], ["--clip", "-0.2"]),
+        (["--learning-rate", -0.001], ["--learning-rate", "-0.001"]),
+        (["--learning-rate", "nan"], ["--learning-rate", "nan"]),
+        (["--max-grad-norm", 0], ["--max-grad-norm", "0"]),
+        (["--target-kl", -1], ["--target-kl", "-1"]),
+        (["--value-clip", -1], ["--value-clip", "-1"]),
+        (["--env", "HalfCheeta-v4"], ["--env HalfCheeta-v4", "HalfCheetah-v4"]),
+        (["--env", "probe/MultiDiscreteAction-v0"], ["--env probe/MultiDiscreteAction-v0", "MultiDiscrete"]),
+        (["--env", "probe/DictObs-v0"], ["--env probe/DictObs-v0", "Dict"]),
+    ],
+)
+def test_arguments_that_cannot_work(tmp_path, command_line, argv, words):
+    common = ["--env", "probe/Act-v0", "--total-steps", 2048, "--num-epochs", 1, "--no-compile", "--run-dir", tmp_path / "run"]
+    status, lines = command_line(*common, *argv)
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert all(word in lines[0] for word in words), lines[0]
+    assert not (tmp_path / "run").exists()  # before any work is done
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_cuda_that_is_absent(tmp_path, command_line):
+    status, lines = command_line("--env", "probe/Act-v0", "--device", "cuda", "--run-dir", tmp_path / "run")
+    assert status == 2 and len(lines) == 1 and "--device cuda" in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """The folder of a finished run."""
+    ppo.train(small(tmp_path / "finished", "probe/Act-v0", total_steps=256, num_epochs=1))
+    return tmp_path / "finished"
+
+
+def test_a_folder_in_use_or_not_empty(finished, command_line):
+    status, lines = command_line("--env", "probe/Act-v0", "--run-dir", finished)
+    assert status == 2 and len(lines) == 1 and f"--run-dir {finished}: not empty" in lines[0]
+    with open(finished / ".lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        status, lines = command_line("--resume", finished, "--total-steps", 512)
+    assert status == 2 and len(lines) == 1 and f"--resume {finished}: run folder in use" in lines[0]
+
+
+@pytest.mark.parametrize("name", ["torn", "garbage", "missing", "other environment"])
+def test_a_checkpoint_that_cannot_be_resumed(finished, command_line, name):
+    path, argv = finished / "checkpoint.pt", []
+    if name == "torn":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif name == "garbage":
+        path.write_text("hello")
+    elif name == "missing":
+        path.unlink()
+    else:
+        argv = ["--env", "probe/ActOnObs-v0"]
+    before = sorted(finished.iterdir()), (finished / "progress.csv").read_text()
+    status, lines = command_line("--resume", finished, *argv)
+    assert status == 2 and len(lines) == 1 and f"--resume {finished}" in lines[0], lines
+    assert "checkpoint.pt" in lines[0] or "probe/Act-v0" in lines[0]
+    assert before == (sorted(finished.iterdir()), (finished / "progress.csv").read_text())
+
+
+@pytest.mark.parametrize(
+    ("fault", "what"),
+    [("obs", "returned a non-finite observation"), ("reward", "returned a non-finite reward"), ("raise", "raised ZeroDiv")],
+)
+def test_a_faulty_environment_ends_the_run_and_leaves_the_checkpoint(tmp_path, command_line, fault, what):
+    """The fault is each copy's 40th step: two iterations of 16 are done."""
+    env = f"probe/Faulty-{fault}-v0"
+    status, lines = command_line(
+        "--env", env, "--num-envs", 2, "--num-steps", 16, "--minibatch-size", 32, "--total-steps", 1000, "--no-compile",
+        "--checkpoint-every", 1e-9, "--eval-every", 0, "--run-dir", tmp_path / "run",
+    )  # fmt: skip
+    assert status == 1 and lines[0].startswith(f"error: {env} {what}"), lines
+    assert lines[1:] == [f"last good checkpoint: step 64; resume with: python ppo.py --resume {tmp_path / 'run'}"]
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint.pt", "--resume", "ppo", env)
+    assert checkpoint["step"] == 64 and torch.isfinite(checkpoint["state"]["params"]).all()
+    assert [row["step"] for row in rows(tmp_path / "run")] == ["32", "64"]
+
+
+def test_a_diverging_run_stops_and_names_the_loss(tmp_path, command_line):
+    status, lines = command_line(
+        "--env", "probe/ActBox-v0", "--num-envs", 2, "--num-steps", 16, "--minibatch-size", 32, "--learning-rate", 1e30,
+        "--total-steps", 3200, "--no-compile", "--run-dir", tmp_path, "--surrogate", "unclipped",
+    )  # fmt: skip
+    assert status == 1 and re.match(r"error: \w+ became (nan|inf|-inf) in the iteration that ended at step", lines[0])
+    assert not (tmp_path / "agent.pt").exists()
+
+
+def test_environment_faults_are_run_faults():
+    assert issubclass(EnvironmentFault, RunFault)

@@ -1,0 +1,465 @@
+"""TRPO: the Fisher matrix, conjugate gradient and the line search against their definitions; then the agent as a whole."""
+
+import csv
+import dataclasses
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad_and_value, hessian, jacrev
+
+from zoo import trpo
+from zoo.common.device import compile_function, flatten
+from zoo.common.envs import make_envs
+from zoo.common.errors import UsageError
+from zoo.common.files import load_checkpoint
+
+F64 = torch.float64
+SCRIPT = Path(trpo.__file__)
+
+
+# --- a small policy in double precision -----------------------------------------------------------------------------------
+
+
+def problem(discrete, obs=7, seed=0, advantage_of=None):
+    """A network, parameters away from its start, and a batch sampled from its own policy."""
+    torch.manual_seed(seed)
+    spaces = SimpleNamespace(obs_dim=3, action_dim=2 + discrete, discrete=discrete)
+    net = trpo.ActorCritic(spaces, (5, 4), -0.5, False).double()
+    params, unflatten = flatten(net)
+    params = params + 0.3 * torch.randn_like(params)
+
+    def forward(params, obs):
+        return functional_call(net, unflatten(params), (obs,))
+
+    states = torch.randn(obs, 3, dtype=F64)
+    old = forward(params, states)[0]
+    noise = torch.randn(obs, spaces.action_dim, dtype=F64)
+    action = old.sample(noise if not discrete else -torch.empty_like(noise).exponential_().log())
+    advantage = torch.randn(obs, dtype=F64)
+    return params, forward, trpo.PolicyBatch(states, action, old, advantage), unflatten
+
+
+def functions(forward):
+    """What `trust_region_step` is given."""
+    return dict(
+        gradient=lambda params, batch: grad_and_value(trpo.surrogate, has_aux=True)(params, batch, forward),
+        product=lambda params, obs, vector: trpo.fisher_product(params, obs, vector, forward),
+        evaluate=lambda params, batch: trpo.surrogate(params, batch, forward),
+    )
+
+
+def dense_fisher(params, forward, states):
+    """Mean over states of E[score score^T], the expectation over actions taken exactly."""
+    dist = forward(params, states)[0]
+    if isinstance(dist, trpo.Categorical):
+        weighted = [(torch.full((len(states),), k), dist.logits.softmax(-1)[:, k]) for k in range(dist.logits.shape[-1])]
+    else:  # Gauss-Hermite with three nodes a dimension integrates polynomials up to degree 5; the scores' products have 4
+        nodes, weights = np.polynomial.hermite_e.hermegauss(3)
+        weighted = []
+        for pick in itertools.product(range(3), repeat=dist.mean.shape[-1]):
+            z = torch.tensor(nodes[list(pick)])
+            weight = float(np.prod(weights[list(pick)] / weights.sum()))
+            weighted.append((dist.mean + dist.log_std.exp() * z, torch.full((len(states),), weight, dtype=F64)))
+    total = torch.zeros(len(params), len(params), dtype=F64)
+    for action, weight in weighted:
+        score = jacrev(lambda p, a=action: forward(p, states)[0].log_prob(a))(params)  # (B, P)
+        total += (score * weight[:, None]).T @ score / len(states)
+    return total
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_fisher_product_is_the_dense_matrix_times_the_vector(discrete):
+    params, forward, batch, _ = problem(discrete)
+    fisher = dense_fisher(params, forward, batch.obs)
+    mean_kl = hessian(lambda p: trpo.kl(batch.old, forward(p, batch.obs)[0]).mean())(params)
+    assert fisher.abs().max() > 0.1
+    for seed in range(3):
+        vector = torch.randn(len(params), dtype=F64, generator=torch.Generator().manual_seed(seed))
+        product = trpo.fisher_product(params, batch.obs, vector, forward)
+        torch.testing.assert_close(product, fisher @ vector, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(product, mean_kl @ vector, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_kl_is_that_of_the_distributions(discrete):
+    params, forward, batch, _ = problem(discrete)
+    old, new = batch.old, forward(params + 0.5 * torch.randn_like(params), batch.obs)[0]
+    if discrete:
+        expected = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=d.logits) for d in (old, new)))
+    else:
+        normals = (torch.distributions.Normal(d.mean, d.log_std.exp()) for d in (old, new))
+        expected = torch.distributions.kl_divergence(*normals).sum(-1)
+    torch.testing.assert_close(trpo.kl(old, new), expected, rtol=1e-10, atol=1e-12)
+    assert expected.mean() > 0.01
+    assert trpo.kl(old, old).abs().max() < 1e-12
+
+
+# --- conjugate gradient ---------------------------------------------------------------------------------------------------
+
+
+def positive_definite(size, seed=0):
+    q, _ = torch.linalg.qr(torch.randn(size, size, dtype=F64, generator=torch.Generator().manual_seed(seed)))
+    return q @ torch.diag(torch.logspace(-2, 1, size, dtype=F64)) @ q.T
+
+
+def test_conjugate_gradient_equals_a_direct_solve():
+    matrix, b = positive_definite(20), torch.randn(20, dtype=F64, generator=torch.Generator().manual_seed(1))
+    x, residual = trpo.conjugate_gradient(lambda v: matrix @ v, b, 100, 1e-12)
+    torch.testing.assert_close(x, torch.linalg.solve(matrix, b), rtol=1e-8, atol=1e-8)
+    assert residual <= 1e-12
+
+
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-3, 1e-6])
+def test_conjugate_gradient_stops_at_its_tolerance(tolerance):
+    matrix, b, calls = positive_definite(30), torch.ones(30, dtype=F64), []
+
+    def product(v):
+        calls.append(1)
+        return matrix @ v
+
+    x, residual = trpo.conjugate_gradient(product, b, 1000, tolerance)
+    true = (b - matrix @ x).norm() / b.norm()
+    assert true <= tolerance
+    assert float(residual) == pytest.approx(float(true), rel=1e-3)
+    enough = len(calls)
+    x, residual = trpo.conjugate_gradient(product, b, enough - 1, tolerance)  # not a product more than needed
+    assert len(calls) == 2 * enough - 1
+    assert residual > tolerance
+
+
+def test_conjugate_gradient_of_zero_is_zero():
+    x, residual = trpo.conjugate_gradient(lambda v: v, torch.zeros(3), 10, 1e-5)
+    assert x.tolist() == [0, 0, 0] and residual == 0
+
+
+# --- the step -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.parametrize("subsample", [1, 3])
+def test_step_is_the_natural_gradient_at_the_length_of_the_quadratic_model(discrete, subsample):
+    params, forward, batch, _ = problem(discrete, obs=40)
+    args = trpo.Args(delta=1e-3, damping=0.05, cg_iterations=200, cg_tolerance=1e-10, fvp_subsample=subsample)
+    new, metrics = trpo.trust_region_step(params, batch, args=args, **functions(forward))
+    step = (new - params) / metrics["step_fraction"]
+    fisher = dense_fisher(params, forward, batch.obs[::subsample])
+    assert float(step @ fisher @ step / 2) == pytest.approx(args.delta, rel=1e-8)
+    score = jacrev(lambda p: forward(p, batch.obs)[0].log_prob(batch.action))(params)
+    g = (score * batch.advantage[:, None]).mean(0)
+    x = torch.linalg.solve(fisher + 0.05 * torch.eye(len(params), dtype=F64), g)
+    torch.testing.assert_close(step / step.norm(), x / x.norm(), rtol=1e-6, atol=1e-8)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(g.norm()))
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.parametrize("delta", [1e-4, 0.01, 0.3])
+def test_an_accepted_step_improves_within_the_trust_region(discrete, delta):
+    fractions = set()
+    for seed in range(6):
+        params, forward, batch, _ = problem(discrete, obs=30, seed=seed)
+        args = trpo.Args(delta=delta, damping=0.01, fvp_subsample=1)
+        new, metrics = trpo.trust_region_step(params, batch, args=args, **functions(forward))
+        assert metrics["accepted"] == 1
+        dist = forward(new, batch.obs)[0]
+        mean_kl = trpo.kl(batch.old, dist).mean()
+        ratio = (dist.log_prob(batch.action) - batch.old.log_prob(batch.action)).exp()
+        gain = (ratio * batch.advantage).mean() - batch.advantage.mean()
+        assert 0 < mean_kl <= delta and gain > 0
+        assert float(metrics["kl"]) == pytest.approx(float(mean_kl))
+        assert -float(metrics["policy_loss"]) == pytest.approx(float(gain))
+        fractions.add(metrics["step_fraction"])
+    if delta == 0.3:
+        assert min(fractions) < 1  # the constraint was at work
+
+
+@pytest.mark.parametrize("reason", ["kl", "surrogate", "nan", "no gradient"])
+def test_a_rejected_search_leaves_the_policy_as_it_was(reason):
+    params, forward, batch, _ = problem(False, obs=30)
+    given, tried = functions(forward), []
+
+    def evaluate(candidate, batch):
+        tried.append(candidate)
+        gain, metrics = trpo.surrogate(candidate, batch, forward)
+        if reason == "kl":
+            return gain, metrics | {"kl": torch.tensor(0.0100001)}
+        if reason == "surrogate":
+            return trpo.surrogate(params, batch, forward)[0], metrics | {"kl": torch.tensor(0.0)}  # no worse, but no better
+        return (gain * torch.nan, metrics) if reason == "nan" else (gain, metrics)
+
+    if reason == "no gradient":
+        batch = batch._replace(advantage=torch.zeros_like(batch.advantage))
+    before = params.clone()
+    args = trpo.Args(delta=0.01, max_backtracks=4, backtrack=0.5, fvp_subsample=1)
+    new, metrics = trpo.trust_region_step(params, batch, args=args, **(given | {"evaluate": evaluate}))
+    assert torch.equal(new, before) and torch.equal(params, before)
+    assert metrics["accepted"] == metrics["step_fraction"] == 0
+    assert all(np.isfinite(float(value)) for value in metrics.values())
+    assert len(tried) == 5
+    if reason == "no gradient":
+        assert all(torch.equal(candidate, params) for candidate in tried)
+    else:
+        lengths = [float((candidate - params).norm()) for candidate in tried]
+        assert lengths == pytest.approx([lengths[0] * 0.5**k for k in range(5)])
+
+
+def test_first_step_of_a_linear_gaussian_policy_is_the_closed_form():
+    """mean = W s: F is E[s s^T] (x) 1 / sigma^2 for W and 2 I for log sigma."""
+    torch.manual_seed(3)
+    net = nn.ParameterDict({"log_std": torch.tensor([-0.3, 0.2]), "weight": torch.randn(2, 3)}).double()
+    params, unflatten = flatten(net)
+
+    def forward(params, obs):
+        named = unflatten(params)
+        return trpo.Gaussian(obs @ named["weight"].T, named["log_std"]), obs[:, 0]
+
+    states, advantage = torch.randn(50, 3, dtype=F64), torch.randn(50, dtype=F64)
+    old = forward(params, states)[0]
+    z = torch.randn(50, 2, dtype=F64)
+    batch = trpo.PolicyBatch(states, old.sample(z), old, advantage)
+    sigma = old.log_std.exp()
+    g_weight = (advantage[:, None, None] * (z / sigma)[:, :, None] * states[:, None, :]).mean(0)
+    g_log_std = (advantage[:, None] * (z**2 - 1)).mean(0)
+    x_weight = sigma[:, None] ** 2 * g_weight @ torch.linalg.inv(states.T @ states / 50)
+    x_log_std = g_log_std / 2
+    squared = (g_weight * x_weight).sum() + (g_log_std * x_log_std).sum()  # g^T F^-1 g
+    length = (2 * 0.01 / squared).sqrt()
+
+    args = trpo.Args(delta=0.01, damping=0.0, cg_iterations=100, cg_tolerance=1e-12, fvp_subsample=1)
+    new, metrics = trpo.trust_region_step(params, batch, args=args, **functions(forward))
+    assert metrics["accepted"] == 1
+    step = {name: value / metrics["step_fraction"] for name, value in unflatten(new - params).items()}
+    torch.testing.assert_close(step["weight"], length * x_weight, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(step["log_std"], length * x_log_std, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_neither_update_moves_the_other_ones_parameters(discrete):
+    params, forward, batch, unflatten = problem(discrete, obs=30)
+    new, metrics = trpo.trust_region_step(params, batch, args=trpo.Args(fvp_subsample=1), **functions(forward))
+    opt = trpo.new_adam(params)
+    fitted = new
+    for _ in range(3):
+        g = torch.func.grad(trpo.value_fit_loss)(fitted, batch.obs, batch.advantage, forward)
+        fitted, opt = trpo.adam(fitted, g, opt, torch.tensor(1e-3))
+    assert metrics["accepted"] == 1
+    for name, old in unflatten(params).items():
+        moved = not torch.equal(old, unflatten(new)[name])
+        assert moved == ("value" not in name), name
+        assert torch.equal(unflatten(new)[name], unflatten(fitted)[name]) == ("value" not in name), name
+
+
+# --- the agent ------------------------------------------------------------------------------------------------------------
+
+QUICK = dict(total_steps=512, num_envs=4, num_steps=32, minibatch_size=64, hidden=(16,), eval_every=0, eval_episodes=2,
+             compile=False, progress=False)  # fmt: skip
+PROBE = dict(total_steps=5120, learning_rate=5e-3, delta=0.05)
+CARTPOLE = dict(total_steps=40_960, num_envs=16, num_steps=64, minibatch_size=256, gae_lambda=0.98, damping=1e-3, delta=0.02,
+                eval_episodes=10, hidden=(64, 64))  # fmt: skip
+
+
+def run(folder, env, resume=None, **changes):
+    """Train; the mean return of the final evaluation."""
+    where = dict(resume=str(resume)) if resume else dict(run_dir=str(folder))
+    return trpo.train(dataclasses.replace(trpo.Args(), env=env, **(QUICK | changes | where)))
+
+
+def table(folder):
+    """progress.csv without its clocks."""
+    with open(folder / "progress.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in ("wall_time", "sps")} for row in csv.DictReader(file)]
+
+
+def learnt(folder, env, **changes):
+    """Train on a probe; its return, the policy and V as functions of raw observations, rewards being left unscaled."""
+    changes = dict(num_envs=32, num_steps=8, scale_rewards=False, normalize_obs=False) | PROBE | changes
+    mean = run(folder, env, **changes)
+    args = dataclasses.replace(trpo.Args(), env=env, **(QUICK | changes))
+    envs = make_envs(env, 1)
+    acting = load_checkpoint(folder / "agent.pt", "agent")["state"]
+    net = trpo.ActorCritic(envs, args.hidden, args.log_std, False)
+    critic = flatten(net)[1](acting["params"])
+
+    def value(obs):
+        return functional_call(net, critic, (torch.tensor([[float(obs)]]),))[1].item()
+
+    return mean, trpo.make_policy(envs, args, acting), value
+
+
+def test_probe_constant_value(tmp_path):
+    _, _, value = learnt(tmp_path, "probe/ConstantValue-v0")
+    assert value(0) == pytest.approx(1, abs=0.05)
+
+
+def test_probe_observed_reward(tmp_path):
+    _, _, value = learnt(tmp_path, "probe/ObservedReward-v0")
+    assert (value(-1), value(1)) == pytest.approx((-1, 1), abs=0.1)
+
+
+def test_probe_discount(tmp_path):
+    _, _, value = learnt(tmp_path, "probe/Discount-v0", gamma=0.5)
+    assert (value(0), value(1)) == pytest.approx((0.5, 1), abs=0.1)
+
+
+def test_probe_time_limit_bootstraps(tmp_path):
+    _, _, value = learnt(tmp_path, "probe/Endless-v0", gamma=0.8, gae_lambda=0.9)
+    assert value(0) == pytest.approx(5, abs=0.25)
+
+
+def test_values_of_successors_are_those_of_the_true_ones(tmp_path, monkeypatch):
+    """Also where a time limit cut the episode and the next row belongs to another one."""
+    envs, seen, checked = make_envs("probe/Scripted-v0", 1), {}, []
+    net = trpo.ActorCritic(envs, (16,), -0.5, False)
+    unflatten = flatten(net)[1]
+
+    def note(name):
+        function = getattr(trpo, name)
+
+        def noted(*args, **kwargs):
+            seen[name] = (args, function(*args, **kwargs))
+            return seen[name][1]
+
+        monkeypatch.setattr(trpo, name, noted)
+
+    for name in ("collect", "normalize", "gae"):
+        note(name)
+    step = trpo.trust_region_step
+
+    def check(params, *args):
+        rollout, (_, value, next_value, *_) = seen["collect"][1][0], seen["gae"][0]
+        stats, truncated = seen["normalize"][0][1], rollout.truncated & ~rollout.terminated
+        for obs, given in ((rollout.obs, value), (rollout.next_obs, next_value)):
+            expected = functional_call(net, unflatten(params), ((obs - stats["mean"].float()) / stats["var"].sqrt().float(),))[
+                1
+            ]
+            which = ~rollout.terminated if given is next_value else torch.ones_like(truncated)
+            torch.testing.assert_close(given[which], expected.view_as(given)[which], rtol=1e-4, atol=1e-4)
+        wrong = (expected.view_as(given)[:-1] - value[1:])[truncated[:-1]]
+        checked.append(float(wrong.abs().max()))
+        return step(params, *args)
+
+    monkeypatch.setattr(trpo, "trust_region_step", check)
+    run(tmp_path, "probe/Scripted-v0")
+    assert len(checked) == 4 and checked[-1] > 0.01  # the next row would have been wrong
+
+
+@pytest.mark.parametrize(
+    ("env", "best", "loss"), [("Act", 1, 0), ("ActOnObs", 1, 0), ("ActBox", 0, 0.05), ("ActOnObsBox", 0, 0.1)]
+)
+def test_probe_acts(tmp_path, env, best, loss):
+    mean, _, _ = learnt(tmp_path, f"probe/{env}-v0", total_steps=7680)
+    assert best - loss <= mean <= best
+
+
+def test_learns_cartpole(tmp_path):
+    assert run(tmp_path, "CartPole-v1", **CARTPOLE) >= 475
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_compiled_equals_eager_over_several_updates(discrete):
+    """In double precision, on given batches, few iterations: conjugate gradient, and environments, amplify rounding."""
+    ends = []
+    for enabled in (False, True):
+        params, forward, _, unflatten = problem(discrete, obs=30)
+        start, opt = params, trpo.new_adam(params)
+        cpu = torch.device("cpu")
+        given = {name: compile_function(f, cpu, enabled) for name, f in functions(forward).items()}
+        fit = compile_function(
+            lambda p, obs, target, f=forward: grad_and_value(trpo.value_fit_loss)(p, obs, target, f), cpu, enabled
+        )
+        accepted = []
+        for seed in range(4):
+            batch = problem(discrete, obs=30, seed=seed)[2]
+            batch = batch._replace(old=forward(params, batch.obs)[0])
+            params, metrics = trpo.trust_region_step(params, batch, args=trpo.Args(fvp_subsample=1), **given)
+            accepted.append(metrics["accepted"])
+            g, _ = fit(params, batch.obs, batch.advantage)
+            params, opt = trpo.adam(params, g, opt, torch.tensor(1e-2))
+        assert accepted == [1, 1, 1, 1]
+        assert all(not torch.equal(a, b) for a, b in zip(unflatten(start).values(), unflatten(params).values(), strict=True))
+        ends.append(params)
+    torch.testing.assert_close(*ends, rtol=1e-7, atol=1e-9)
+
+
+def test_compiled_run_equals_eager_run(tmp_path, capsys):
+    for name, compiled in (("eager", False), ("compiled", True)):
+        run(tmp_path / name, "CartPole-v1", compile=compiled, total_steps=256)
+    eager, compiled = (load_checkpoint(tmp_path / name / "checkpoint.pt", "it")["state"] for name in ("eager", "compiled"))
+    torch.testing.assert_close(eager["params"], compiled["params"], rtol=1e-3, atol=1e-4)
+    assert "torch.compile failed" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_same_seed_same_table(tmp_path, env):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(tmp_path / name, env, seed=seed)
+    a, b, c = (table(tmp_path / name) for name in "abc")
+    assert len(a) == 4 and a == b != c
+    assert {"kl", "policy_loss", "accepted", "step_fraction", "cg_residual", "entropy", "value_loss", "explained_variance",
+            "grad_norm"} <= a[0].keys()  # fmt: skip
+
+
+def test_resumed_run_goes_on_from_the_checkpoint(tmp_path, monkeypatch):
+    run(tmp_path, "CartPole-v1")
+    first = load_checkpoint(tmp_path / "checkpoint.pt", "checkpoint")
+    table_before, acted_with, collect = table(tmp_path), [], trpo.collect
+
+    def collect_and_note(envs, obs, act, noise):
+        acted_with.append(act.args)
+        return collect(envs, obs, act, noise)
+
+    monkeypatch.setattr(trpo, "collect", collect_and_note)
+    run(tmp_path, "CartPole-v1", resume=tmp_path, total_steps=512 + 128)
+    last = load_checkpoint(tmp_path / "checkpoint.pt", "checkpoint")
+    assert (first["step"], last["step"]) == (512, 640)
+    assert last["state"]["opt"]["t"] == first["state"]["opt"]["t"] + 20
+    assert last["state"]["obs_stats"]["count"] == 640
+    assert not torch.equal(last["state"]["generator"], first["state"]["generator"])
+    rows = table(tmp_path)
+    assert rows[:4] == table_before and [row["step"] for row in rows] == ["128", "256", "384", "512", "640"]
+    [(params, obs_stats)] = acted_with
+    assert torch.equal(params, first["state"]["params"])
+    assert torch.equal(obs_stats["mean"], first["state"]["obs_stats"]["mean"])
+
+
+def test_a_finished_run_can_be_resumed(tmp_path):
+    mean = run(tmp_path, "CartPole-v1")
+    before = table(tmp_path)
+    assert run(tmp_path, "CartPole-v1", resume=tmp_path) == mean
+    assert table(tmp_path) == before
+
+
+def test_bad_input_is_told_in_one_line(tmp_path):
+    """All in one process: the import of torch is what takes the time."""
+    cases = {
+        "--delta": "-0.01", "--damping": "-1", "--backtrack": "1.0", "--max-backtracks": "-1", "--cg-iterations": "0",
+        "--cg-tolerance": "-1", "--fvp-subsample": "0", "--critic-epochs": "0", "--minibatch-size": "100", "--gamma": "1.5",
+        "--gae-lambda": "-0.1", "--num-steps": "0", "--total-steps": "10",
+    }  # fmt: skip
+    for flag, value in cases.items():
+        name = flag[2:].replace("-", "_")
+        with pytest.raises(UsageError, match=f"^{flag} .*{value.rstrip('0').rstrip('.')}"):
+            trpo.check(dataclasses.replace(trpo.Args(), **{name: float(value) if "." in value else int(value)}))
+    with pytest.raises(UsageError, match=r"^--delta"):
+        trpo.check(trpo.Args(delta=float("nan")))
+    with pytest.raises(UsageError, match=r"^--fvp-subsample 2000 is more than the batch of 1024"):
+        trpo.check(trpo.Args(fvp_subsample=2000))
+    trpo.check(trpo.Args())
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--env", "CartPole-v1", "--delta", "-1", "--run-dir", tmp_path / "run"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: --delta must be greater than 0, not -1\n"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("env", trpo.SETTINGS)
+def test_settings_are_valid(env):
+    trpo.check(dataclasses.replace(trpo.Args(), env=env, **trpo.SETTINGS[env]))

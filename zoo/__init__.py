@@ -1,0 +1,1 @@
+"""A zoo of single-file reinforcement-learning agents; see README.md."""

@@ -1,0 +1,365 @@
+"""Advantage actor-critic (Mnih et al. 2016, arXiv:1602.01783; synchronous, "A2C"), one file.
+
+REINFORCE waits for an episode's end; here a critic V stands for the rewards still to come, so that N environments update
+every T steps. The policy follows sum_t grad log pi(a_t|s_t) A_t, with an advantage that trusts the critic more or less:
+
+    td       A_t = delta_t = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)
+    n-step   A_t = r_t + gamma r_{t+1} + ... + gamma^n V(s_{t+n}) - V(s_t)     up to the rollout's or the episode's end
+    gae      A_t = delta_t + gamma lambda (1 - ended_t) A_{t+1}                ended = terminated or truncated
+
+s_{t+1} is the true successor: a time limit cuts the sums but bootstraps, a termination does not. V's target is A_t + V(s_t).
+
+    loss     = -E[ w_t A_t ] + c1 E[(V(s_t) - target)^2] - c2 E[H(pi(.|s_t))]      w_t = pi(a_t|s_t) / pi_old(a_t|s_t)
+
+The gradient of w_t is w_t grad log pi(a_t|s_t): the policy gradient in the first epoch, where w = 1, and with
+--off-policy-epochs K > 1 its importance-weighted form for a batch of an older policy. Nothing but hope keeps w near 1:
+effective_sample_size, (sum w)^2 / (n sum w^2), says what share of the batch still counts. TRPO and PPO limit w.
+The weight corrects the action at s_t only, not how often pi would have come to s_t.
+
+    python zoo/actor_critic.py --env HalfCheetah-v4
+    python zoo/actor_critic.py --env CartPole-v1 --advantage td
+    python zoo/actor_critic.py --optimizer rmsprop --learning-rate 7e-4 --num-envs 16 --num-steps 5 --entropy-coef 0.01
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+from torch.utils._pytree import tree_map
+
+from zoo.common.cli import RunArgs, check_args, main, require
+from zoo.common.device import compile_function, flatten, setup
+from zoo.common.envs import VectorEnv, make_envs
+from zoo.common.normalize import discounted_sums, new_stats, normalize, update_stats
+from zoo.common.optim import adam, clip_grad, new_adam, new_rmsprop, rmsprop
+from zoo.common.run import Policy, Run
+
+
+@dataclass
+class Args(RunArgs):
+    num_envs: int = 32  # environments stepped together, N
+    num_steps: int = 8  # steps of each environment between updates, T; a batch is N x T transitions
+    advantage: Literal["td", "n-step", "gae"] = "gae"  # how far rewards are trusted before the critic is
+    off_policy_epochs: int = 1  # updates on each batch, weighted by the importance ratio
+    optimizer: Literal["adam", "rmsprop"] = "adam"  # RMSprop, A3C's, starts with leaps ten learning rates long
+    learning_rate: float = 2e-3  # the optimiser's
+    anneal: bool = True  # let the learning rate fall linearly to 0 over the run
+    gamma: float = 0.99  # discount
+    gae_lambda: float = 0.95  # GAE's lambda: 0 trusts the critic (one-step TD), 1 the rewards (n-step)
+    value_coef: float = 0.5  # c1
+    entropy_coef: float = 0.0  # c2
+    max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
+    hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
+    shared_network: bool = False  # one trunk for policy and value instead of two
+    log_std: float = -0.5  # initial log standard deviation of a Gaussian policy, in units of half the action range
+    normalize_obs: bool = True  # observations by their running mean and standard deviation
+    scale_rewards: bool = True  # rewards by the running standard deviation of the discounted return
+    report_every: int = 2048  # environment steps between reports (rounded to whole updates), which would outweigh an update
+
+
+# What differs by task; a flag wins over it. Everything else runs on the defaults above.
+SETTINGS: dict[str, dict] = {
+    "CartPole-v1": dict(
+        total_steps=500_000, num_envs=8, num_steps=5, gae_lambda=1.0, optimizer="rmsprop", learning_rate=7e-4,
+        eval_every=50_000,
+    ),
+}  # fmt: skip
+
+
+# --- networks and distributions -------------------------------------------------------------------------------------------
+
+
+class Gaussian(NamedTuple):
+    """A diagonal Gaussian over actions; mean (B, A), log_std (A,) free of the state."""
+
+    mean: Tensor
+    log_std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        return self.mean + self.log_std.exp() * noise
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        z = (action - self.mean) * (-self.log_std).exp()
+        return (-0.5 * z**2 - self.log_std - 0.9189385332046727).sum(-1)  # the constant is log(2 pi) / 2
+
+    def entropy(self) -> Tensor:
+        return (self.log_std + 1.4189385332046727).sum(-1).expand(self.mean.shape[0])
+
+
+class Categorical(NamedTuple):
+    """A categorical distribution over K actions; logits (B, K), not necessarily normalised."""
+
+    logits: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        return (self.logits + noise).argmax(-1)  # Gumbel-max: noise is standard Gumbel
+
+    def mode(self) -> Tensor:
+        return self.logits.argmax(-1)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        return self.logits.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+
+    def entropy(self) -> Tensor:
+        log_p = self.logits.log_softmax(-1)
+        return -(log_p.exp() * log_p).sum(-1)
+
+
+def draw_noise(envs: VectorEnv, *shape: int, generator: torch.Generator) -> Tensor:
+    """The randomness of actions, drawn ahead so that acting is a pure function: standard normal or Gumbel (*shape, A)."""
+    noise = torch.empty(*shape, envs.action_dim, device=generator.device)
+    if envs.discrete:
+        return -noise.exponential_(generator=generator).log()
+    return noise.normal_(generator=generator)
+
+
+def layer(inputs: int, outputs: int, gain: float = 2**0.5) -> nn.Linear:
+    """A linear layer with orthogonal weights and zero bias."""
+    linear = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(linear.weight, gain)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def trunk(inputs: int, hidden: tuple[int, ...]) -> nn.Sequential:
+    """Tanh layers from `inputs` to hidden[-1] features."""
+    widths = (inputs, *hidden)
+    return nn.Sequential(*[m for i, o in zip(widths, hidden, strict=False) for m in (layer(i, o), nn.Tanh())])
+
+
+class ActorCritic(nn.Module):
+    """obs (B, D) -> the policy's distribution and V (B,)."""
+
+    def __init__(self, envs: VectorEnv, hidden: tuple[int, ...], log_std: float, shared: bool):
+        super().__init__()
+        self.policy_trunk = trunk(envs.obs_dim, hidden)
+        self.value_trunk = self.policy_trunk if shared else trunk(envs.obs_dim, hidden)
+        self.policy_head = layer(hidden[-1], envs.action_dim, 0.01)  # near-uniform or near-zero-mean actions at the start
+        self.value_head = layer(hidden[-1], 1, 1.0)
+        self.log_std = None if envs.discrete else nn.Parameter(torch.full((envs.action_dim,), log_std))
+
+    def forward(self, obs: Tensor) -> tuple[Gaussian | Categorical, Tensor]:
+        output = self.policy_head(self.policy_trunk(obs))
+        dist = Categorical(output) if self.log_std is None else Gaussian(output, self.log_std)
+        return dist, self.value_head(self.value_trunk(obs)).squeeze(-1)
+
+
+# --- estimators -----------------------------------------------------------------------------------------------------------
+
+
+def td(reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, gamma: float) -> Tensor:
+    """One-step TD errors (T, N), each an estimate of the advantage (S3 5.8, 5.9); all inputs (T, N)."""
+    return reward + gamma * next_value * ~terminated - value
+
+
+def n_step(reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor, gamma: float) -> Tensor:
+    """The n-step return less V (T, N) (S3 5.10): n reaches to the end of the rollout or of the episode; all inputs (T, N).
+
+    next_value[t] is V of the true successor of step t, which follows the last reward unless the episode terminated there.
+    """
+    return_, running = torch.empty_like(reward), next_value[-1]
+    for t in reversed(range(len(reward))):
+        future = torch.where(truncated[t], next_value[t], running) * ~terminated[t]
+        return_[t] = running = reward[t] + gamma * future
+    return return_ - value
+
+
+def gae(
+    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor, gamma: float, lam: float
+) -> Tensor:
+    """Generalised advantage estimates (T, N) (Schulman et al. 2016, arXiv:1506.02438, eq. 16); all inputs (T, N).
+
+    next_value[t] is V of the true successor of step t. The recursion is cut at every episode's end; the bootstrap
+    gamma * next_value only at terminations, because a time limit does not make the future worthless.
+    """
+    delta = reward + gamma * next_value * ~terminated - value
+    decay = gamma * lam * ~(terminated | truncated)
+    advantage = torch.empty_like(delta)
+    running = torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        advantage[t] = running = delta[t] + decay[t] * running
+    return advantage
+
+
+def effective_sample_size(weight: Tensor) -> Tensor:
+    """(sum w)^2 / (n sum w^2) of importance weights (n,): 1 when all are equal, 1 / n when one outweighs the others."""
+    return weight.sum() ** 2 / (len(weight) * (weight**2).sum())
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------------
+
+
+class Transitions(NamedTuple):
+    """T steps of N environments as the networks see them, (T, N, ...) each."""
+
+    obs: Tensor
+    action: Tensor
+    log_prob: Tensor
+    reward: Tensor
+    next_obs: Tensor
+    terminated: Tensor
+    truncated: Tensor
+
+
+def actor_critic_loss(
+    params: Tensor, batch: Transitions, advantage: Tensor, return_: Tensor, forward, args: Args
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of the module's docstring and what to log of it; forward(params, obs) gives the distribution and V."""
+    dist, value = forward(params, batch.obs.flatten(0, 1))
+    ratio = (dist.log_prob(batch.action.flatten(0, 1)) - batch.log_prob.flatten()).exp()
+    pg_loss = -(ratio * advantage.flatten()).mean()
+    v_loss = ((value - return_.flatten()) ** 2).mean()
+    entropy = dist.entropy().mean()
+    metrics = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}
+    metrics["effective_sample_size"] = effective_sample_size(ratio)
+    return pg_loss + args.value_coef * v_loss - args.entropy_coef * entropy, metrics
+
+
+# --- the run --------------------------------------------------------------------------------------------------------------
+
+
+class Rollout(NamedTuple):
+    """T steps of N environments, (T, N, ...) each; next_obs is the true successor."""
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    next_obs: Tensor
+    terminated: Tensor
+    truncated: Tensor
+
+
+def collect(envs: VectorEnv, obs: np.ndarray, act, noise: Tensor) -> tuple[Rollout, np.ndarray, list]:
+    """Act by `act(obs, noise[t])` for T steps from `obs`; the rollout, the observations to go on from, the episodes ended."""
+    rows, episodes = [], []
+    for step_noise in noise:
+        action = act(torch.as_tensor(obs, device=noise.device), step_noise).cpu().numpy()
+        step = envs.step(action)
+        rows.append((obs, action, step.reward.astype(np.float32), step.next_obs, step.terminated, step.truncated))
+        obs = step.obs
+        episodes += step.episodes
+    columns = [torch.as_tensor(np.stack(column), device=noise.device) for column in zip(*rows, strict=True)]
+    return Rollout(*columns), obs, episodes
+
+
+def make_policy(envs: VectorEnv, args: Args, acting: dict) -> Policy:
+    """The deterministic policy of what an agent.pt holds: observations (B, D) to the modes of their action distributions."""
+    device = acting["params"].device
+    net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(device)
+    params = flatten(net)[1](acting["params"])
+
+    def policy(obs: np.ndarray) -> np.ndarray:
+        seen = normalize(torch.as_tensor(obs, device=device), acting["obs_stats"])
+        return functional_call(net, params, (seen,))[0].mode().cpu().numpy()
+
+    return policy
+
+
+def check(args: Args) -> None:
+    """Refuse arguments that cannot work together."""
+    check_args(
+        args,
+        at_least_1=("num_steps", "off_policy_epochs", "report_every", "hidden"),
+        fractions=("gamma", "gae_lambda"),
+        positive=("learning_rate", "max_grad_norm"),
+    )
+    batch = args.num_envs * args.num_steps
+    require(args.total_steps >= batch, f"--total-steps {args.total_steps} is less than one batch of {batch} steps")
+
+
+def train(args: Args) -> float:
+    """Run the actor-critic; the mean return of the final evaluation."""
+    check(args)
+    device = setup(args.device, args.threads)
+    envs = make_envs(args.env, args.num_envs, threads=args.env_threads)
+    torch.manual_seed(args.seed)
+    net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(device)
+    params, unflatten = flatten(net)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    new_opt, optimize = (new_adam, adam) if args.optimizer == "adam" else (new_rmsprop, rmsprop)
+
+    def forward(params, obs):
+        return functional_call(net, unflatten(params), (obs,))
+
+    def act(params, obs_stats, obs, noise):
+        return forward(params, normalize(obs, obs_stats))[0].sample(noise)
+
+    def prepare(params, obs_stats, return_stats, carry, rollout):
+        """What the update reads of a rollout, and the statistics with the rollout counted in."""
+        reward = rollout.reward
+        if args.scale_rewards:
+            sums, carry = discounted_sums(reward, rollout.terminated | rollout.truncated, carry, args.gamma)
+            return_stats = update_stats(return_stats, sums.flatten())
+            reward = reward / (return_stats["var"] + 1e-8).sqrt().float()
+        obs, next_obs = normalize(rollout.obs, obs_stats), normalize(rollout.next_obs, obs_stats)
+        dist = forward(params, obs.flatten(0, 1))[0]
+        log_prob = dist.log_prob(rollout.action.flatten(0, 1)).view_as(reward)
+        if args.normalize_obs:
+            obs_stats = update_stats(obs_stats, rollout.obs.flatten(0, 1))
+        batch = Transitions(obs, rollout.action, log_prob, reward, next_obs, rollout.terminated, rollout.truncated)
+        return batch, obs_stats, return_stats, carry
+
+    def update(params, opt, batch, learning_rate):
+        """One update, a pure function: parameters, optimiser and batch in, the new ones and metrics out."""
+        value, next_value = (forward(params, obs.flatten(0, 1))[1].view_as(batch.reward) for obs in (batch.obs, batch.next_obs))
+        if args.advantage == "td":
+            advantage = td(batch.reward, value, next_value, batch.terminated, args.gamma)
+        elif args.advantage == "n-step":
+            advantage = n_step(batch.reward, value, next_value, batch.terminated, batch.truncated, args.gamma)
+        else:
+            advantage = gae(batch.reward, value, next_value, batch.terminated, batch.truncated, args.gamma, args.gae_lambda)
+        grad, (_, metrics) = grad_and_value(actor_critic_loss, has_aux=True)(
+            params, batch, advantage, advantage + value, forward, args
+        )
+        grad, grad_norm = clip_grad(grad, args.max_grad_norm)
+        params, opt = optimize(params, grad, opt, learning_rate)
+        unexplained = advantage.var() / ((advantage + value).var() + 1e-8)
+        return params, opt, metrics | {"grad_norm": grad_norm, "explained_variance": 1 - unexplained}
+
+    def policy(obs):  # at the present parameters, without noise, for evaluations
+        return forward(params, normalize(torch.as_tensor(obs, device=device), obs_stats))[0].mode().cpu().numpy()
+
+    def snapshot():
+        return {
+            "params": params, "obs_stats": obs_stats, "opt": opt, "return_stats": return_stats,
+            "generator": generator.get_state(),
+        }  # fmt: skip
+
+    act, prepare, update = (compile_function(f, device, args.compile) for f in (act, prepare, update))
+
+    run = Run(args, "actor_critic", envs, lambda: make_envs(args.env, args.eval_episodes, threads=args.env_threads))
+    obs_stats, opt, return_stats = new_stats(envs.obs_dim), new_opt(params), new_stats()
+    state = run.restore() or snapshot()
+    generator.set_state(state.pop("generator"))
+    params, obs_stats, opt, return_stats = tree_map(lambda x: x.to(device), tuple(state.values()))
+    obs = envs.reset(args.seed + run.step)  # a resumed run begins new episodes
+    carry = torch.zeros(args.num_envs, device=device)
+    batch_size = args.num_envs * args.num_steps
+
+    while (updates := min(max(args.report_every // batch_size, 1), (args.total_steps - run.step) // batch_size)) > 0:
+        step, episodes, metrics = run.step, [], []
+        for noise in draw_noise(envs, updates, args.num_steps, args.num_envs, generator=generator):
+            remaining = 1 - step / args.total_steps
+            learning_rate = torch.tensor(args.learning_rate * (remaining if args.anneal else 1.0), device=device)
+            rollout, obs, ended = collect(envs, obs, partial(act, params, obs_stats), noise)
+            batch, obs_stats, return_stats, carry = prepare(params, obs_stats, return_stats, carry, rollout)
+            for _ in range(args.off_policy_epochs):
+                params, opt, info = update(params, opt, batch, learning_rate)
+            metrics.append(info)
+            episodes += ended
+            step += batch_size
+
+        means = {name: torch.stack([info[name] for info in metrics]).mean() for name in metrics[0]}
+        run.report(step, snapshot(), means | {"learning_rate": learning_rate}, episodes, policy)
+    return run.finish(snapshot(), policy, {"params": params, "obs_stats": obs_stats})
+
+
+if __name__ == "__main__":
+    main(Args, train, lambda env: SETTINGS.get(env, {}))

@@ -1,0 +1,1 @@
+"""The plumbing that is no algorithm: environments, device and compilation, run bookkeeping."""

@@ -1,0 +1,432 @@
+"""Trust Region Policy Optimisation (Schulman et al. 2015, arXiv:1502.05477), one file.
+
+Collect T steps of N environments with the current policy pi_old, then take the one step that improves the surrogate most
+within a trust region, measured in the space of policies and not of parameters:
+
+    maximise  L(theta) = E[ pi(a_t|s_t) / pi_old(a_t|s_t) A_t ]    subject to    E[ KL(pi_old(.|s_t) || pi(.|s_t)) ] <= delta
+
+To first order L is g^T s and to second order the KL is s^T F s / 2, s = theta - theta_old, F the Fisher matrix. Hence
+
+    x = F^-1 g                             the natural gradient, by conjugate gradient: F itself is never formed, because
+    F v = d/dtheta (dKL/dtheta)^T v        its product with a vector costs no more than a few gradients
+    s = sqrt(2 delta / (x^T F x)) x        the longest step that the quadratic model allows
+    s, 0.8 s, 0.64 s, ...                  the first whose true KL is at most delta and whose L is better; else no step at all
+
+Advantages are GAE's, as in ppo.py; V is fitted by itself, by Adam on E[(V(s_t) - R_t)^2] with R_t = A_t + V(s_t).
+Policy and critic share no parameter but one flat vector: the KL and L do not depend on the critic's part of it, nor the
+critic's loss on the policy's, so that neither update moves the other's numbers by a single bit.
+
+    python zoo/trpo.py --env HalfCheetah-v4
+    python zoo/trpo.py --env CartPole-v1 --seed 2
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, grad_and_value, jvp
+from torch.utils._pytree import tree_map
+
+from zoo.common.cli import RunArgs, check_args, main, require
+from zoo.common.device import compile_function, flatten, setup
+from zoo.common.envs import VectorEnv, make_envs
+from zoo.common.normalize import discounted_sums, new_stats, normalize, update_stats
+from zoo.common.optim import adam, new_adam
+from zoo.common.run import Policy, Run
+
+
+@dataclass
+class Args(RunArgs):
+    num_envs: int = 16  # environments stepped together, N
+    num_steps: int = 64  # steps of each environment between updates, T; a batch is N x T transitions
+    delta: float = 0.02  # the trust region: the largest mean KL(pi_old || pi) of an update, in nats
+    cg_iterations: int = 10  # of conjugate gradient, at most
+    cg_tolerance: float = 1e-5  # it stops at a residual of this times the gradient's norm
+    damping: float = 0.1  # conjugate gradient solves (F + damping I) x = g, which bounds x where the KL is flat
+    fvp_subsample: int = 4  # Fisher-vector products on every k-th state of the batch; gradient and line search use all
+    backtrack: float = 0.8  # factor between the steps that the line search tries
+    max_backtracks: int = 10  # the shortest of them is backtrack ** max_backtracks of the full one
+    critic_epochs: int = 10  # the critic's passes over a batch
+    minibatch_size: int = 128  # transitions in a gradient step of the critic; must divide N x T
+    learning_rate: float = 1e-3  # the critic's, Adam's
+    gamma: float = 0.99  # discount
+    gae_lambda: float = 0.95  # GAE's lambda: 0 trusts the critic (one-step TD), 1 the rewards (Monte Carlo)
+    normalize_advantages: bool = True  # mean 0 and standard deviation 1 in each batch
+    hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
+    log_std: float = -0.5  # initial log standard deviation of a Gaussian policy, in units of half the action range
+    normalize_obs: bool = True  # observations by their running mean and standard deviation
+    scale_rewards: bool = True  # rewards by the running standard deviation of the discounted return
+
+    @property
+    def shared_network(self) -> bool:
+        """Never: fitting the critic would carry the policy out of its trust region."""
+        return False
+
+
+# What differs by task; a flag wins over it. Everything else runs on the defaults above.
+SETTINGS: dict[str, dict] = {
+    "CartPole-v1": dict(
+        total_steps=100_000, num_envs=8, num_steps=128, delta=0.01, fvp_subsample=1, gae_lambda=0.98, damping=1e-3,
+        eval_every=20_000,
+    ),
+    "Acrobot-v1": dict(total_steps=100_000, delta=0.01, fvp_subsample=1, eval_every=20_000),
+    "Pendulum-v1": dict(
+        total_steps=100_000, num_envs=8, num_steps=128, delta=0.01, fvp_subsample=1, gamma=0.9, eval_every=20_000,
+    ),
+}  # fmt: skip
+
+
+# --- networks and distributions -------------------------------------------------------------------------------------------
+
+
+class Gaussian(NamedTuple):
+    """A diagonal Gaussian over actions; mean (B, A), log_std (A,) free of the state."""
+
+    mean: Tensor
+    log_std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        return self.mean + self.log_std.exp() * noise
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        z = (action - self.mean) * (-self.log_std).exp()
+        return (-0.5 * z**2 - self.log_std - 0.9189385332046727).sum(-1)  # the constant is log(2 pi) / 2
+
+    def entropy(self) -> Tensor:
+        return (self.log_std + 1.4189385332046727).sum(-1).expand(self.mean.shape[0])
+
+
+class Categorical(NamedTuple):
+    """A categorical distribution over K actions; logits (B, K), not necessarily normalised."""
+
+    logits: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        return (self.logits + noise).argmax(-1)  # Gumbel-max: noise is standard Gumbel
+
+    def mode(self) -> Tensor:
+        return self.logits.argmax(-1)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        return self.logits.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+
+    def entropy(self) -> Tensor:
+        log_p = self.logits.log_softmax(-1)
+        return -(log_p.exp() * log_p).sum(-1)
+
+
+def draw_noise(envs: VectorEnv, *shape: int, generator: torch.Generator) -> Tensor:
+    """The randomness of actions, drawn ahead so that acting is a pure function: standard normal or Gumbel (*shape, A)."""
+    noise = torch.empty(*shape, envs.action_dim, device=generator.device)
+    if envs.discrete:
+        return -noise.exponential_(generator=generator).log()
+    return noise.normal_(generator=generator)
+
+
+def layer(inputs: int, outputs: int, gain: float = 2**0.5) -> nn.Linear:
+    """A linear layer with orthogonal weights and zero bias."""
+    linear = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(linear.weight, gain)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def trunk(inputs: int, hidden: tuple[int, ...]) -> nn.Sequential:
+    """Tanh layers from `inputs` to hidden[-1] features."""
+    widths = (inputs, *hidden)
+    return nn.Sequential(*[m for i, o in zip(widths, hidden, strict=False) for m in (layer(i, o), nn.Tanh())])
+
+
+class ActorCritic(nn.Module):
+    """obs (B, D) -> the policy's distribution and V (B,)."""
+
+    def __init__(self, envs: VectorEnv, hidden: tuple[int, ...], log_std: float, shared: bool):
+        super().__init__()
+        self.policy_trunk = trunk(envs.obs_dim, hidden)
+        self.value_trunk = self.policy_trunk if shared else trunk(envs.obs_dim, hidden)
+        self.policy_head = layer(hidden[-1], envs.action_dim, 0.01)  # near-uniform or near-zero-mean actions at the start
+        self.value_head = layer(hidden[-1], 1, 1.0)
+        self.log_std = None if envs.discrete else nn.Parameter(torch.full((envs.action_dim,), log_std))
+
+    def forward(self, obs: Tensor) -> tuple[Gaussian | Categorical, Tensor]:
+        output = self.policy_head(self.policy_trunk(obs))
+        dist = Categorical(output) if self.log_std is None else Gaussian(output, self.log_std)
+        return dist, self.value_head(self.value_trunk(obs)).squeeze(-1)
+
+
+# --- estimators -----------------------------------------------------------------------------------------------------------
+
+
+def gae(
+    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor, gamma: float, lam: float
+) -> Tensor:
+    """Generalised advantage estimates (T, N) (Schulman et al. 2016, arXiv:1506.02438, eq. 16); all inputs (T, N).
+
+    next_value[t] is V of the true successor of step t. The recursion is cut at every episode's end; the bootstrap
+    gamma * next_value only at terminations, because a time limit does not make the future worthless.
+    """
+    delta = reward + gamma * next_value * ~terminated - value
+    decay = gamma * lam * ~(terminated | truncated)
+    advantage = torch.empty_like(delta)
+    running = torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        advantage[t] = running = delta[t] + decay[t] * running
+    return advantage
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------------
+
+
+class PolicyBatch(NamedTuple):
+    """Transitions, (B, ...) each, and what pi_old said of them."""
+
+    obs: Tensor
+    action: Tensor
+    old: Gaussian | Categorical
+    advantage: Tensor
+
+
+def kl(old: Gaussian | Categorical, new: Gaussian | Categorical) -> Tensor:
+    """KL(old || new) in nats, (B,), in closed form."""
+    if isinstance(old, Gaussian) and isinstance(new, Gaussian):
+        shrink = (2 * (old.log_std - new.log_std)).exp()
+        distance = ((old.mean - new.mean) * (-new.log_std).exp()) ** 2
+        return (new.log_std - old.log_std + (shrink + distance - 1) / 2).sum(-1)
+    assert isinstance(old, Categorical) and isinstance(new, Categorical)
+    log_p, log_q = old.logits.log_softmax(-1), new.logits.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def surrogate(params: Tensor, batch: PolicyBatch, forward: Callable) -> tuple[Tensor, dict[str, Tensor]]:
+    """L, and at which KL; forward(params, obs) gives the distribution and V."""
+    dist = forward(params, batch.obs)[0]
+    ratio = (dist.log_prob(batch.action) - batch.old.log_prob(batch.action)).exp()
+    return (ratio * batch.advantage).mean(), {"kl": kl(batch.old, dist).mean(), "entropy": dist.entropy().mean()}
+
+
+def value_fit_loss(params: Tensor, obs: Tensor, return_: Tensor, forward: Callable) -> Tensor:
+    """Mean squared error of V to its target."""
+    return ((forward(params, obs)[1] - return_) ** 2).mean()
+
+
+# --- the trust-region step ------------------------------------------------------------------------------------------------
+
+
+def fisher_product(params: Tensor, obs: Tensor, vector: Tensor, forward: Callable) -> Tensor:
+    """F v, (P,): the Hessian at `params` of the mean KL to the policy there, times a vector, forward over reverse mode."""
+    old = forward(params, obs)[0]
+    gradient = grad(lambda theta: kl(old, forward(theta, obs)[0]).mean())
+    return jvp(gradient, (params,), (vector,))[1]
+
+
+def conjugate_gradient(product: Callable, b: Tensor, iterations: int, tolerance: float) -> tuple[Tensor, Tensor]:
+    """x with product(x) = b for a positive definite product (Hestenes & Stiefel 1952), and its residual |b - product(x)| / |b|.
+
+    Stops after `iterations`, or when the residual is at most `tolerance`.
+    """
+    x, residual, direction = torch.zeros_like(b), b, b
+    square = start = b @ b
+    for _ in range(iterations):
+        if square <= tolerance**2 * start:
+            break
+        image = product(direction)
+        step = square / (direction @ image)
+        x, residual = x + step * direction, residual - step * image
+        previous, square = square, residual @ residual
+        direction = residual + square / previous * direction
+    return x, (square / start.clamp(min=1e-30)).sqrt()
+
+
+def trust_region_step(
+    params: Tensor, batch: PolicyBatch, gradient: Callable, product: Callable, evaluate: Callable, args: Args
+) -> tuple[Tensor, dict[str, Tensor | float]]:
+    """The new parameters, or `params` itself where the line search finds none, and what to log.
+
+    gradient(params, batch) gives g and (L, metrics), product(params, obs, v) gives F v, evaluate(params, batch) (L, metrics).
+    """
+    g, (old_surrogate, old_metrics) = gradient(params, batch)
+    fisher = partial(product, params, batch.obs[:: args.fvp_subsample].contiguous())
+    x, residual = conjugate_gradient(lambda v: fisher(v) + args.damping * v, g, args.cg_iterations, args.cg_tolerance)
+    # The length is that of the KL itself, without damping. Where the gradient is zero, so is the step.
+    step = (2 * args.delta / (x @ fisher(x)).clamp(min=1e-30)).sqrt() * x
+    log: dict[str, Tensor | float] = {"grad_norm": g.norm(), "cg_residual": residual}
+    for tries in range(args.max_backtracks + 1):
+        fraction = args.backtrack**tries
+        candidate = params + fraction * step
+        new_surrogate, metrics = evaluate(candidate, batch)
+        gain = new_surrogate - old_surrogate
+        if metrics["kl"] <= args.delta and gain > 0:  # false for a NaN too
+            return candidate, log | metrics | {"policy_loss": -gain, "accepted": 1.0, "step_fraction": fraction}
+    return params, log | old_metrics | {"policy_loss": 0.0, "accepted": 0.0, "step_fraction": 0.0}
+
+
+# --- the run --------------------------------------------------------------------------------------------------------------
+
+
+class Rollout(NamedTuple):
+    """T steps of N environments, (T, N, ...) each; next_obs is the true successor."""
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    next_obs: Tensor
+    terminated: Tensor
+    truncated: Tensor
+
+
+def collect(envs: VectorEnv, obs: np.ndarray, act, noise: Tensor) -> tuple[Rollout, np.ndarray, list]:
+    """Act by `act(obs, noise[t])` for T steps from `obs`; the rollout, the observations to go on from, the episodes ended."""
+    rows, episodes = [], []
+    for step_noise in noise:
+        action = act(torch.as_tensor(obs, device=noise.device), step_noise).cpu().numpy()
+        step = envs.step(action)
+        rows.append((obs, action, step.reward.astype(np.float32), step.next_obs, step.terminated, step.truncated))
+        obs = step.obs
+        episodes += step.episodes
+    columns = [torch.as_tensor(np.stack(column), device=noise.device) for column in zip(*rows, strict=True)]
+    return Rollout(*columns), obs, episodes
+
+
+def make_policy(envs: VectorEnv, args: Args, acting: dict) -> Policy:
+    """The deterministic policy of what an agent.pt holds: observations (B, D) to the modes of their action distributions."""
+    device = acting["params"].device
+    net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(device)
+    params = flatten(net)[1](acting["params"])
+
+    def policy(obs: np.ndarray) -> np.ndarray:
+        seen = normalize(torch.as_tensor(obs, device=device), acting["obs_stats"])
+        return functional_call(net, params, (seen,))[0].mode().cpu().numpy()
+
+    return policy
+
+
+def check(args: Args) -> None:
+    """Refuse arguments that cannot work together."""
+    check_args(
+        args,
+        at_least_1=("num_steps", "cg_iterations", "fvp_subsample", "critic_epochs", "minibatch_size", "hidden"),
+        fractions=("gamma", "gae_lambda", "cg_tolerance"),
+        positive=("delta", "learning_rate"),
+    )
+    require(0 <= args.damping < float("inf"), f"--damping must be a number of at least 0, not {args.damping:g}")
+    require(0 < args.backtrack < 1, f"--backtrack must lie between 0 and 1, not {args.backtrack:g}")
+    require(args.max_backtracks >= 0, f"--max-backtracks must be at least 0, not {args.max_backtracks}")
+    batch = args.num_envs * args.num_steps
+    require(
+        batch % args.minibatch_size == 0,
+        f"--minibatch-size {args.minibatch_size} does not divide the batch of {batch} (--num-envs x --num-steps)",
+    )
+    require(args.fvp_subsample <= batch, f"--fvp-subsample {args.fvp_subsample} is more than the batch of {batch}")
+    require(args.total_steps >= batch, f"--total-steps {args.total_steps} is less than one batch of {batch} steps")
+
+
+def train(args: Args) -> float:
+    """Run TRPO; the mean return of the final evaluation."""
+    check(args)
+    device = setup(args.device, args.threads)
+    envs = make_envs(args.env, args.num_envs, threads=args.env_threads)
+    torch.manual_seed(args.seed)
+    net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(device)
+    params, unflatten = flatten(net)
+    generator = torch.Generator(device).manual_seed(args.seed)
+
+    def forward(params, obs):
+        return functional_call(net, unflatten(params), (obs,))
+
+    def act(params, obs_stats, obs, noise):
+        return forward(params, normalize(obs, obs_stats))[0].sample(noise)
+
+    def distribution(params, obs):
+        return forward(params, obs)[0]
+
+    def critic(params, obs):
+        return forward(params, obs)[1]
+
+    def gradient(params, batch):
+        return grad_and_value(surrogate, has_aux=True)(params, batch, forward)
+
+    def product(params, obs, vector):
+        return fisher_product(params, obs, vector, forward)
+
+    def evaluate(params, batch):
+        return surrogate(params, batch, forward)
+
+    def fit(params, opt, obs, return_, learning_rate):
+        """The critic's minibatch step, a pure function: parameters, optimiser and batch in, the new ones and the loss out."""
+        critic_grad, loss = grad_and_value(value_fit_loss)(params, obs, return_, forward)
+        params, opt = adam(params, critic_grad, opt, learning_rate)
+        return params, opt, loss
+
+    def policy(obs):  # at the present parameters, without noise, for evaluations
+        return forward(params, normalize(torch.as_tensor(obs, device=device), obs_stats))[0].mode().cpu().numpy()
+
+    def snapshot():
+        return {
+            "params": params, "obs_stats": obs_stats, "opt": opt, "return_stats": return_stats,
+            "generator": generator.get_state(),
+        }  # fmt: skip
+
+    pure = (act, distribution, critic, gradient, product, evaluate, fit)
+    act, distribution, values, gradient, product, evaluate, fit = (compile_function(f, device, args.compile) for f in pure)
+
+    run = Run(args, "trpo", envs, lambda: make_envs(args.env, args.eval_episodes, threads=args.env_threads))
+    obs_stats, opt, return_stats = new_stats(envs.obs_dim), new_adam(params), new_stats()
+    state = run.restore() or snapshot()
+    generator.set_state(state.pop("generator"))
+    params, obs_stats, opt, return_stats = tree_map(lambda x: x.to(device), tuple(state.values()))
+    obs = envs.reset(args.seed + run.step)  # a resumed run begins new episodes
+    carry = torch.zeros(args.num_envs, device=device)
+    batch_size = args.num_envs * args.num_steps
+    learning_rate = torch.tensor(args.learning_rate, device=device)
+
+    while run.step + batch_size <= args.total_steps:
+        noise = draw_noise(envs, args.num_steps, args.num_envs, generator=generator)
+        rollout, obs, episodes = collect(envs, obs, partial(act, params, obs_stats), noise)
+        reward = rollout.reward
+        if args.scale_rewards:
+            sums, carry = discounted_sums(reward, rollout.terminated | rollout.truncated, carry, args.gamma)
+            return_stats = update_stats(return_stats, sums.flatten())
+            reward = reward / (return_stats["var"] + 1e-8).sqrt().float()
+
+        # The successor of row t is row t + 1, but for the last steps of truncated episodes, whose values are computed apart.
+        seen = normalize(torch.cat((rollout.obs, rollout.next_obs[-1:])), obs_stats).flatten(0, 1)
+        cut = rollout.truncated.flatten().nonzero().squeeze(-1)
+        cut_obs = normalize(rollout.next_obs.flatten(0, 1)[cut], obs_stats)
+        value = values(params, seen)
+        value, next_value = value[:batch_size], value[args.num_envs :].clone()
+        next_value[cut] = critic(params, cut_obs)
+        value, next_value = value.view_as(reward), next_value.view_as(reward)
+        advantage = gae(reward, value, next_value, rollout.terminated, rollout.truncated, args.gamma, args.gae_lambda)
+        return_ = (advantage + value).flatten()
+        explained_variance = 1 - advantage.var() / (return_.var() + 1e-8)
+        advantage = advantage.flatten()
+        if args.normalize_advantages:
+            advantage = (advantage - advantage.mean()) / (advantage.std(unbiased=False) + 1e-8)
+
+        seen, action = seen[:batch_size], rollout.action.flatten(0, 1)
+        batch = PolicyBatch(seen, action, distribution(params, seen), advantage)
+        params, metrics = trust_region_step(params, batch, gradient, product, evaluate, args)
+        losses = []
+        for _ in range(args.critic_epochs):
+            order = torch.randperm(batch_size, generator=generator, device=device)
+            for index in order.split(args.minibatch_size):
+                params, opt, loss = fit(params, opt, seen[index], return_[index], learning_rate)
+                losses.append(loss)
+        if args.normalize_obs:
+            obs_stats = update_stats(obs_stats, rollout.obs.flatten(0, 1))
+
+        metrics |= {"value_loss": torch.stack(losses).mean(), "explained_variance": explained_variance}
+        metrics["learning_rate"] = learning_rate
+        run.report(run.step + batch_size, snapshot(), metrics, episodes, policy)
+    return run.finish(snapshot(), policy, {"params": params, "obs_stats": obs_stats})
+
+
+if __name__ == "__main__":
+    main(Args, train, lambda env: SETTINGS.get(env, {}))
