@@ -516,7 +516,7 @@ def test_a_batch_of_one_transition_runs_or_is_refused(tmp_path, command_line):
 
 def test_cartpole_is_learnt(tmp_path, monkeypatch, capsys):
     """The task's own settings, from the command line."""
-    run = ["ppo.py", "--env", "CartPole-v1", "--total-steps", "20000", "--no-compile", "--run-dir", str(tmp_path)]
+    run = ["ppo.py", "--env", "CartPole-v1", "--total-steps", "50000", "--no-compile", "--run-dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", run)
     main(Args, ppo.train, lambda env: ppo.SETTINGS.get(env, {}))
     out = capsys.readouterr().out
