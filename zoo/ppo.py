@@ -79,7 +79,7 @@ SETTINGS: dict[str, dict] = {
         total_steps=20_000, num_envs=8, num_steps=64, learning_rate=1e-3, gamma=0.999, log_std=0.0, eval_every=5_000,
     ),
     "Pendulum-v1": dict(
-        total_steps=100_000, num_envs=8, num_steps=128, num_epochs=20, learning_rate=1e-3, gamma=0.9, log_std=-0.5,
+        total_steps=100_000, num_envs=8, num_steps=128, num_epochs=20, learning_rate=1e-3, gamma=0.98, log_std=-0.5,
         eval_every=20_000, eval_episodes=100,
     ),
 }  # fmt: skip
