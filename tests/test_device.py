@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from zoo import ppo
 from zoo.common import device
-from zoo.common.device import compile_function, flatten, setup
+from zoo.common.device import compile_function, flatten, restore_generator, setup
 from zoo.common.errors import UsageError
 from zoo.common.optim import new_adam
 
@@ -178,6 +178,17 @@ def test_cuda_asked_for_and_absent(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match=r"--device cuda: .*cpu or auto"):
         setup("cuda")
+
+
+def test_a_generator_goes_on_or_begins_anew_where_the_state_is_another_devices():
+    source, restored = torch.Generator().manual_seed(5), torch.Generator()
+    source.seed()
+    state = source.get_state()
+    restore_generator(restored, state, seed=7)
+    assert torch.equal(torch.randn(9, generator=restored), torch.randn(9, generator=source))
+
+    restore_generator(restored, torch.zeros(16, dtype=torch.uint8), seed=7)  # the size of a CUDA generator's
+    assert torch.equal(torch.randn(9, generator=restored), torch.randn(9, generator=torch.Generator().manual_seed(7)))
 
 
 @cuda

@@ -40,7 +40,7 @@ from torch.func import functional_call, grad, grad_and_value
 from torch.utils._pytree import tree_map
 
 from zoo.common.cli import RunArgs, check_args, main, require
-from zoo.common.device import compile_function, flatten, setup
+from zoo.common.device import compile_function, flatten, restore_generator, setup
 from zoo.common.envs import VectorEnv, make_envs
 from zoo.common.errors import RunFault
 from zoo.common.normalize import new_stats, normalize, update_stats
@@ -344,7 +344,7 @@ def train(args: Args) -> float:
     run = Run(args, "reinforce", envs, lambda: make_envs(args.env, args.eval_episodes, threads=args.env_threads))
     obs_stats, opt, value_opt, return_stats = new_stats(envs.obs_dim), new_adam(params), new_adam(params), new_stats()
     state = run.restore() or snapshot()
-    generator.set_state(state.pop("generator"))
+    restore_generator(generator, state.pop("generator"), args.seed + run.step)
     params, obs_stats, opt, value_opt, return_stats = tree_map(lambda x: x.to(device), tuple(state.values()))
     value_learning_rate = torch.tensor(args.value_learning_rate, device=device)
 

@@ -32,7 +32,7 @@ from torch.func import functional_call, grad, grad_and_value, jvp, vjp
 from torch.utils._pytree import tree_map
 
 from zoo.common.cli import RunArgs, check_args, main, require
-from zoo.common.device import compile_function, flatten, setup
+from zoo.common.device import compile_function, flatten, restore_generator, setup
 from zoo.common.envs import VectorEnv, make_envs
 from zoo.common.normalize import discounted_sums, new_stats, normalize, update_stats
 from zoo.common.optim import adam, new_adam
@@ -394,7 +394,7 @@ def train(args: Args) -> float:
     run = Run(args, "trpo", envs, lambda: make_envs(args.env, args.eval_episodes, threads=args.env_threads))
     obs_stats, opt, return_stats = new_stats(envs.obs_dim), new_adam(params), new_stats()
     state = run.restore() or snapshot()
-    generator.set_state(state.pop("generator"))
+    restore_generator(generator, state.pop("generator"), args.seed + run.step)
     params, obs_stats, opt, return_stats = tree_map(lambda x: x.to(device), tuple(state.values()))
     obs = envs.reset(args.seed + run.step)  # a resumed run begins new episodes
     carry = torch.zeros(args.num_envs, device=device)

@@ -52,6 +52,17 @@ def flatten(module: nn.Module) -> tuple[Tensor, Callable[[Tensor], dict[str, Ten
     return torch.cat([p.detach().reshape(-1) for p in module.parameters()]), unflatten
 
 
+def restore_generator(generator: torch.Generator, state: Tensor, seed: int) -> None:
+    """Go on with a checkpoint's random numbers, or, where the run was on another kind of device, with new ones from `seed`.
+
+    A CPU's generator and a GPU's have states of different sizes, and neither takes the other's.
+    """
+    if state.numel() == generator.get_state().numel():
+        generator.set_state(state)
+    else:
+        generator.manual_seed(seed)
+
+
 def compile_function(function: Callable, device: torch.device, enabled: bool = True) -> Callable:
     """The pure `function` of tensors, compiled for `device`; itself if not `enabled`.
 
