@@ -147,7 +147,7 @@ def test_conjugate_gradient_of_zero_is_zero():
 def test_step_is_the_natural_gradient_at_the_length_of_the_quadratic_model(discrete, subsample):
     params, forward, batch, _ = problem(discrete, obs=40)
     args = trpo.Args(delta=1e-3, damping=0.05, cg_iterations=200, cg_tolerance=1e-10, fvp_subsample=subsample)
-    new, metrics = trpo.trust_region_step(params, batch, args=args, **functions(forward))
+    new, metrics = trpo.trust_region_step(params, batch, args=args, delta=args.delta, **functions(forward))
     step = (new - params) / metrics["step_fraction"]
     fisher = dense_fisher(params, forward, batch.obs[::subsample])
     assert float(step @ fisher @ step / 2) == pytest.approx(args.delta, rel=1e-8)
@@ -165,7 +165,7 @@ def test_an_accepted_step_improves_within_the_trust_region(discrete, delta):
     for seed in range(6):
         params, forward, batch, _ = problem(discrete, obs=30, seed=seed)
         args = trpo.Args(delta=delta, damping=0.01, fvp_subsample=1)
-        new, metrics = trpo.trust_region_step(params, batch, args=args, **functions(forward))
+        new, metrics = trpo.trust_region_step(params, batch, args=args, delta=args.delta, **functions(forward))
         assert metrics["accepted"] == 1
         dist = forward(new, batch.obs)[0]
         mean_kl = trpo.kl(batch.old, dist).mean()
@@ -197,7 +197,7 @@ def test_a_rejected_search_leaves_the_policy_as_it_was(reason):
         batch = batch._replace(advantage=torch.zeros_like(batch.advantage))
     before = params.clone()
     args = trpo.Args(delta=0.01, max_backtracks=4, backtrack=0.5, fvp_subsample=1)
-    new, metrics = trpo.trust_region_step(params, batch, args=args, **(given | {"evaluate": evaluate}))
+    new, metrics = trpo.trust_region_step(params, batch, args=args, delta=args.delta, **(given | {"evaluate": evaluate}))
     assert torch.equal(new, before) and torch.equal(params, before)
     assert metrics["accepted"] == metrics["step_fraction"] == 0
     assert all(np.isfinite(float(value)) for value in metrics.values())
@@ -232,7 +232,7 @@ def test_first_step_of_a_linear_gaussian_policy_is_the_closed_form():
     length = (2 * 0.01 / squared).sqrt()
 
     args = trpo.Args(delta=0.01, damping=0.0, cg_iterations=100, cg_tolerance=1e-12, fvp_subsample=1)
-    new, metrics = trpo.trust_region_step(params, batch, args=args, **functions(forward))
+    new, metrics = trpo.trust_region_step(params, batch, args=args, delta=args.delta, **functions(forward))
     assert metrics["accepted"] == 1
     step = {name: value / metrics["step_fraction"] for name, value in unflatten(new - params).items()}
     torch.testing.assert_close(step["weight"], length * x_weight, rtol=1e-7, atol=1e-9)
@@ -242,7 +242,7 @@ def test_first_step_of_a_linear_gaussian_policy_is_the_closed_form():
 @pytest.mark.parametrize("discrete", [False, True])
 def test_neither_update_moves_the_other_ones_parameters(discrete):
     params, forward, batch, unflatten = problem(discrete, obs=30)
-    new, metrics = trpo.trust_region_step(params, batch, args=trpo.Args(fvp_subsample=1), **functions(forward))
+    new, metrics = trpo.trust_region_step(params, batch, args=trpo.Args(fvp_subsample=1), delta=0.02, **functions(forward))
     opt = trpo.new_adam(params)
     fitted = new
     for _ in range(3):
@@ -357,6 +357,15 @@ def test_probe_acts(tmp_path, env, best, loss):
     assert best - loss <= mean <= best
 
 
+def test_annealed_trust_region_and_learning_rate(tmp_path):
+    """Both fall linearly, by the share of the steps done when an update begins; the KL stays within the present delta."""
+    run(tmp_path, "probe/ActOnObs-v0", num_envs=8, num_steps=32, minibatch_size=64, total_steps=1024, anneal=True)
+    rows = table(tmp_path)
+    for column, start in (("delta", 0.02), ("learning_rate", 1e-3)):
+        np.testing.assert_allclose([float(row[column]) for row in rows], start * np.array([1, 0.75, 0.5, 0.25]), rtol=1e-5)
+    assert all(float(row["kl"]) <= float(row["delta"]) for row in rows)
+
+
 def test_learns_cartpole(tmp_path):
     assert run(tmp_path, "CartPole-v1", **CARTPOLE) >= 475
 
@@ -377,7 +386,7 @@ def test_compiled_equals_eager_over_several_updates(discrete):
         for seed in range(4):
             batch = problem(discrete, obs=30, seed=seed)[2]
             batch = batch._replace(old=forward(params, batch.obs)[0])
-            params, metrics = trpo.trust_region_step(params, batch, args=trpo.Args(fvp_subsample=1), **given)
+            params, metrics = trpo.trust_region_step(params, batch, args=trpo.Args(fvp_subsample=1), delta=0.02, **given)
             accepted.append(metrics["accepted"])
             g, _ = fit(params, batch.obs, batch.advantage)
             params, opt = trpo.adam(params, g, opt, torch.tensor(1e-2))
@@ -418,7 +427,7 @@ def test_resumed_run_goes_on_from_the_checkpoint(tmp_path, monkeypatch):
     run(tmp_path, "CartPole-v1", resume=tmp_path, total_steps=512 + 128)
     last = load_checkpoint(tmp_path / "checkpoint.pt", "checkpoint")
     assert (first["step"], last["step"]) == (512, 640)
-    assert last["state"]["opt"]["t"] == first["state"]["opt"]["t"] + 20
+    assert last["state"]["opt"]["t"] == first["state"]["opt"]["t"] + 5 * 2  # epochs and minibatches
     assert last["state"]["obs_stats"]["count"] == 640
     assert not torch.equal(last["state"]["generator"], first["state"]["generator"])
     rows = table(tmp_path)

@@ -44,6 +44,7 @@ class Args(RunArgs):
     num_envs: int = 64  # environments stepped together, N
     num_steps: int = 16  # steps of each environment between updates, T; a batch is N x T transitions
     delta: float = 0.02  # the trust region: the largest mean KL(pi_old || pi) of an update, in nats
+    anneal: bool = False  # let delta and the critic's learning rate fall linearly to 0 over the run
     cg_iterations: int = 10  # of conjugate gradient, at most
     cg_tolerance: float = 1e-5  # it stops at a residual of this times the gradient's norm
     damping: float = 0.1  # conjugate gradient solves (F + damping I) x = g, which bounds x where the KL is flat
@@ -70,7 +71,7 @@ class Args(RunArgs):
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
 SETTINGS: dict[str, dict] = {
     # Hopper stands still for good, and is paid for it, once its policy has lost its variance: wider, and slower to narrow
-    "Hopper-v4": dict(num_envs=32, num_steps=64, delta=0.01, critic_epochs=20, log_std=0.0),
+    "Hopper-v4": dict(num_envs=32, num_steps=64, delta=0.01, anneal=True, critic_epochs=20, log_std=0.0),
     "Walker2d-v4": dict(num_envs=32, num_steps=64, critic_epochs=10, log_std=-0.5),
     "CartPole-v1": dict(
         total_steps=100_000, num_envs=8, num_steps=128, delta=0.01, fvp_subsample=1, damping=1e-3, critic_epochs=10,
@@ -260,7 +261,7 @@ def conjugate_gradient(product: Callable, b: Tensor, iterations: int, tolerance:
 
 
 def trust_region_step(
-    params: Tensor, batch: PolicyBatch, gradient: Callable, product: Callable, evaluate: Callable, args: Args
+    params: Tensor, batch: PolicyBatch, gradient: Callable, product: Callable, evaluate: Callable, args: Args, delta: float
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
     """The new parameters, or `params` itself where the line search finds none, and what to log.
 
@@ -270,14 +271,14 @@ def trust_region_step(
     fisher = partial(product, params, batch.obs[:: args.fvp_subsample].contiguous())
     x, residual = conjugate_gradient(lambda v: fisher(v) + args.damping * v, g, args.cg_iterations, args.cg_tolerance)
     # The length is that of the KL itself, without damping. Where the gradient is zero, so is the step.
-    step = (2 * args.delta / (x @ fisher(x)).clamp(min=1e-30)).sqrt() * x
+    step = (2 * delta / (x @ fisher(x)).clamp(min=1e-30)).sqrt() * x
     log: dict[str, Tensor | float] = {"grad_norm": g.norm(), "cg_residual": residual}
     for tries in range(args.max_backtracks + 1):
         fraction = args.backtrack**tries
         candidate = params + fraction * step
         new_surrogate, metrics = evaluate(candidate, batch)
         gain = new_surrogate - old_surrogate
-        if metrics["kl"] <= args.delta and gain > 0:  # false for a NaN too
+        if metrics["kl"] <= delta and gain > 0:  # false for a NaN too
             return candidate, log | metrics | {"policy_loss": -gain, "accepted": 1.0, "step_fraction": fraction}
     return params, log | old_metrics | {"policy_loss": 0.0, "accepted": 0.0, "step_fraction": 0.0}
 
@@ -399,9 +400,10 @@ def train(args: Args) -> float:
     obs = envs.reset(args.seed + run.step)  # a resumed run begins new episodes
     carry = torch.zeros(args.num_envs, device=device)
     batch_size = args.num_envs * args.num_steps
-    learning_rate = torch.tensor(args.learning_rate, device=device)
 
     while run.step + batch_size <= args.total_steps:
+        remaining = 1 - run.step / args.total_steps if args.anneal else 1.0
+        learning_rate = torch.tensor(args.learning_rate * remaining, device=device)
         noise = draw_noise(envs, args.num_steps, args.num_envs, generator=generator)
         rollout, obs, episodes = collect(envs, obs, partial(act, params, obs_stats), noise)
         reward = rollout.reward
@@ -427,7 +429,7 @@ def train(args: Args) -> float:
 
         seen, action = seen[:batch_size], rollout.action.flatten(0, 1)
         batch = PolicyBatch(seen, action, distribution(params, seen), advantage)
-        params, metrics = trust_region_step(params, batch, gradient, product, evaluate, args)
+        params, metrics = trust_region_step(params, batch, gradient, product, evaluate, args, args.delta * remaining)
         losses = []
         for _ in range(args.critic_epochs):
             order = torch.randperm(batch_size, generator=generator, device=device)
@@ -438,7 +440,7 @@ def train(args: Args) -> float:
             obs_stats = update_stats(obs_stats, rollout.obs.flatten(0, 1))
 
         metrics |= {"value_loss": torch.stack(losses).mean(), "explained_variance": explained_variance}
-        metrics["learning_rate"] = learning_rate
+        metrics |= {"learning_rate": learning_rate, "delta": args.delta * remaining}
         run.report(run.step + batch_size, snapshot(), metrics, episodes, policy)
     return run.finish(snapshot(), policy, {"params": params, "obs_stats": obs_stats})
 

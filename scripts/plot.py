@@ -1,0 +1,100 @@
+"""Draw learning curves of results/: mean over seeds of the deterministic evaluations, shaded by a standard deviation each way.
+
+    python scripts/plot.py --env HalfCheetah-v4          every agent with results on the task, to results/HalfCheetah-v4.png
+    python scripts/plot.py results/reinforce/CartPole-v1 results/no_baseline/reinforce/CartPole-v1 \\
+        --labels "learned V" "no baseline" --out results/no_baseline.png
+
+Needs the extra `plots`: pip install -e '.[plots]'.
+"""
+
+import csv
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from zoo.common.cli import require
+from zoo.common.errors import UsageError
+
+
+@dataclass
+class Args:
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """folders with seed_N.csv files, a curve each"""
+    env: str = ""
+    """in place of folders: the task of which to draw every agent in --results"""
+    labels: tuple[str, ...] = ()
+    """names of the folders' curves (default: the agents' names)"""
+    results: Path = Path("results")
+    """where --env looks"""
+    out: Path | None = None
+    """picture to write: png, svg or pdf (default: TASK.png in --results)"""
+
+
+def load_curves(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (K,) and evaluation returns (seeds, K) of a folder of seed_N.csv, on the steps that all seeds reached.
+
+    Raises UsageError.
+    """
+    files = sorted(folder.glob("seed_*.csv"), key=lambda path: path.name)
+    require(bool(files), f"{folder}: holds no seed_N.csv")
+    seeds = []
+    for path in files:
+        with open(path, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row.get("eval_return")]
+        require(bool(rows), f"{path}: has no evaluations")
+        seeds.append(np.array([(float(row["step"]), float(row["eval_return"])) for row in rows]).T)
+    shortest = min(seeds, key=lambda seed: seed[0, -1])
+    steps = shortest[0]
+    return steps, np.stack([np.interp(steps, *seed) for seed in seeds])
+
+
+def draw(folders: list[Path], labels: list[str], title: str, out: Path) -> None:
+    """Write the picture. Raises UsageError where a folder has no curves or `out` cannot be written."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves = [load_curves(folder) for folder in folders]
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for label, (steps, returns) in zip(labels, curves, strict=True):
+        mean, std = returns.mean(0), returns.std(0, ddof=1) if len(returns) > 1 else 0.0
+        (line,) = axes.plot(steps, mean, label=f"{label} ({len(returns)} seeds)")
+        axes.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set(title=title, xlabel="environment steps", ylabel="return of deterministic evaluations")
+    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        figure.savefig(out, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--out {out}: {error}") from error
+    finally:
+        pyplot.close(figure)
+
+
+def main() -> int:
+    """Draw, or tell in one line what is wrong; the exit status."""
+    args = tyro.cli(Args, description=__doc__)
+    try:
+        require(importlib.util.find_spec("matplotlib") is not None, "matplotlib is missing: pip install -e '.[plots]'")
+        require(bool(args.folders) != bool(args.env), "give either folders of curves or --env")
+        folders = list(args.folders) or sorted(path.parent for path in args.results.glob(f"*/{args.env}/meta.json"))
+        require(bool(folders), f"--env {args.env}: no agent has results on it in {args.results}")
+        labels = list(args.labels) or [folder.resolve().parent.name for folder in folders]
+        require(len(labels) == len(folders), f"--labels: {len(labels)} names for {len(folders)} curves")
+        title = folders[0].resolve().name
+        draw(folders, labels, title, args.out or args.results / f"{title}.png")
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

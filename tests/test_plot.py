@@ -1,0 +1,68 @@
+"""scripts/plot.py: what it reads of the curves, and that it writes a picture or says in one line why not."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import plot  # noqa: E402
+
+from zoo.common.errors import UsageError  # noqa: E402
+
+
+def write_seed(folder, seed, evaluations):
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [f"{step},{value}" for step, value in evaluations]
+    (folder / f"seed_{seed}.csv").write_text("\n".join(["step,eval_return", *rows]) + "\n")
+
+
+def test_curves_are_the_evaluations_on_common_steps(tmp_path):
+    write_seed(tmp_path, 1, [(50, ""), (100, 1.0), (150, ""), (200, 3.0), (300, 9.0)])
+    write_seed(tmp_path, 2, [(100, 10.0), (210, 21.0)])
+    steps, returns = plot.load_curves(tmp_path)
+    assert steps.tolist() == [100, 210]
+    np.testing.assert_allclose(returns, [[1.0, 3.6], [10.0, 21.0]])
+
+
+@pytest.mark.parametrize("content", [None, [(100, "")]])
+def test_nothing_to_draw_is_refused(tmp_path, content):
+    if content:
+        write_seed(tmp_path, 1, content)
+    with pytest.raises(UsageError, match=r"holds no seed_N.csv|has no evaluations"):
+        plot.load_curves(tmp_path)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs plot.py's command line; the exit status and the lines on stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, arguments)])
+        return plot.main(), capsys.readouterr().err.splitlines()
+
+    return run
+
+
+def test_a_picture_of_all_agents_of_a_task(tmp_path, command):
+    for agent in ("ppo", "trpo"):
+        for seed in (1, 2):
+            write_seed(tmp_path / agent / "Task-v0", seed, [(100, seed), (200, 2 * seed)])
+        (tmp_path / agent / "Task-v0" / "meta.json").write_text("{}")
+    assert command("--env", "Task-v0", "--results", tmp_path) == (0, [])
+    assert (tmp_path / "Task-v0.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_input_gets_one_line_and_status_2(tmp_path, command):
+    write_seed(tmp_path / "a", 1, [(100, 1.0)])
+    for arguments, reason in (
+        ([], "give either folders"),
+        (["--env", "None-v0", "--results", tmp_path], "no agent has results"),
+        ([tmp_path / "a", "--labels", "one", "two"], "--labels: 2 names for 1 curves"),
+        ([tmp_path / "a", "--out", tmp_path / "picture.xyz"], "--out"),
+    ):
+        status, lines = command(*arguments)
+        assert status == 2 and len(lines) == 1 and reason in lines[0]
