@@ -59,7 +59,7 @@ class Entry(NamedTuple):
     args: str = ""
 
 
-TEN, FIVE = range(1, 11), range(1, 6)
+TEN, FIVE, THREE = range(1, 11), range(1, 6), range(1, 4)
 SUITES: dict[str, list[Entry]] = {
     "ppo": [
         Entry("ppo", "HalfCheetah-v4", TEN),
@@ -87,6 +87,13 @@ SUITES: dict[str, list[Entry]] = {
         Entry("trpo", "CartPole-v1", FIVE),
         Entry("trpo", "Acrobot-v1", FIVE),
         Entry("trpo", "Pendulum-v1", FIVE),
+    ],
+    "sac": [
+        Entry("sac", "Pendulum-v1", FIVE),
+        Entry("sac", "MountainCarContinuous-v0", FIVE),
+        Entry("sac", "HalfCheetah-v4", FIVE, "--total-steps 300000"),
+        Entry("sac", "Hopper-v4", THREE),
+        Entry("sac", "Walker2d-v4", THREE),
     ],
 }
 

@@ -2,6 +2,7 @@
 
     python scripts/speed.py                           PPO on HalfCheetah-v4, 3 pairs of training runs
     python scripts/speed.py --agent trpo --env Hopper-v4 --pairs 5
+    python scripts/speed.py --agent sac --steps 20480 --threads 2          two threads of torch on both sides
     python scripts/speed.py --update                  a minibatch update of PPO, compiled against eager
     python scripts/speed.py --engine                  environments alone, against Gymnasium's SyncVectorEnv
 
@@ -35,19 +36,22 @@ from zoo.common.errors import RunFault, UsageError
 
 BATCH = 2048  # PPO's and TRPO's; training runs are whole multiples of it on both sides
 EVAL_EVERY, EVAL_EPISODES = 100_000, 10  # the agents' defaults
-PEER_PACKAGES = {"ppo": "stable_baselines3", "actor_critic": "stable_baselines3", "trpo": "sb3_contrib"}
+PEER_PACKAGES = dict.fromkeys(("ppo", "actor_critic", "sac"), "stable_baselines3") | {"trpo": "sb3_contrib"}
+OWN_ARGS = {"sac": ["--random-steps", "100"]}  # as the peer: its updates begin after 100 steps
 
 
 @dataclass
 class Args:
-    agent: Literal["ppo", "actor_critic", "trpo"] = "ppo"
-    """what to train; the others are Stable-Baselines3's PPO and A2C, and sb3-contrib's TRPO"""
+    agent: Literal["ppo", "actor_critic", "trpo", "sac"] = "ppo"
+    """what to train; the others are Stable-Baselines3's PPO, A2C and SAC, and sb3-contrib's TRPO"""
     env: str = "HalfCheetah-v4"
     """id of the Gymnasium environment"""
     steps: int = 49 * BATCH
     """environment steps of a training run, rounded down to whole batches of 2048"""
     pairs: int = 3
     """pairs of measurements"""
+    threads: int = 1
+    """CPU threads of torch, on both sides"""
     peer_python: str = ""
     """Python interpreter that has Stable-Baselines3 (default: the one running this)"""
     update: bool = False
@@ -95,6 +99,7 @@ def ours(args: Args, seed: int) -> Measured:
         script = Path(zoo.__file__).parent / f"{args.agent}.py"
         command = [sys.executable, str(script), "--env", args.env, "--seed", str(seed), "--total-steps", str(args.steps)]
         command += ["--eval-every", str(EVAL_EVERY), "--eval-episodes", str(EVAL_EPISODES), "--device", "cpu"]
+        command += ["--threads", str(args.threads), *OWN_ARGS.get(args.agent, [])]
         _, process, memory = run_child([*command, "--no-progress", "--run-dir", str(folder)])
         with open(folder / "progress.csv", newline="") as file:
             rows = [(int(row["step"]), float(row["wall_time"])) for row in csv.DictReader(file)]
@@ -109,6 +114,7 @@ def theirs(args: Args, seed: int) -> Measured:
     command = [args.peer_python or sys.executable, str(Path(__file__).with_name("speed_sb3.py"))]
     command += ["--agent", args.agent, "--env", args.env, "--seed", str(seed), "--steps", str(args.steps)]
     command += ["--warm-step", str(args.steps // 10), "--eval-every", str(EVAL_EVERY), "--eval-episodes", str(EVAL_EPISODES)]
+    command += ["--threads", str(args.threads)]
     text, process, memory = run_child(command)
     timing = json.loads(text.splitlines()[-1])
     return Measured(timing["steps"] / timing["seconds"], process, memory)
@@ -252,8 +258,9 @@ def main() -> int:
     """Measure, and tell in one line what is wrong; the exit status."""
     args = tyro.cli(Args, description=__doc__)
     try:
-        if args.pairs < 1:
-            raise UsageError(f"--pairs must be at least 1, not {args.pairs}")
+        for name in ("pairs", "threads"):
+            if getattr(args, name) < 1:
+                raise UsageError(f"--{name} must be at least 1, not {getattr(args, name)}")
         if args.update and args.agent != "ppo":
             raise UsageError(f"--update measures PPO's update, not that of --agent {args.agent}")
         if args.update or args.engine:
