@@ -149,6 +149,7 @@ class Job:
     script: Path
     extra: list[str]  # arguments beyond the environment and the seed
     expected: dict[str, Any]  # all arguments the run will have, as they come back from its args.json
+    defaults: dict[str, Any]  # of the agent, for arguments that it did not have yet when a run was recorded
     folder: Path  # of the run
     results: Path  # results/AGENT/TASK
 
@@ -225,6 +226,7 @@ def plan(args: Args) -> list[Job]:
         given = ["--env", entry.env, "--seed", str(entry.seeds[0]), "--no-progress", *extra]
         parsed: RunArgs = parse(module.Args, partial(_settings, settings), given)
         expected = json.loads(json.dumps(dataclasses.asdict(parsed)))  # tuples become lists, as in args.json
+        defaults = json.loads(json.dumps(dataclasses.asdict(module.Args())))
         own = (expected["env"], expected["seed"], expected.get("run_dir"), expected.get("resume"))
         require(
             own == (entry.env, entry.seeds[0], None, None),
@@ -236,12 +238,18 @@ def plan(args: Args) -> list[Job]:
         for seed in entry.seeds:
             job_expected = expected | {"seed": seed}
             folder = args.runs / task / f"seed_{seed}"
-            jobs.append(Job(entry.agent, entry.env, seed, script, extra, job_expected, folder, args.results / task))
+            jobs.append(Job(entry.agent, entry.env, seed, script, extra, job_expected, defaults, folder, args.results / task))
     return jobs
 
 
-def differences(found: dict[str, Any], expected: dict[str, Any]) -> str:
-    """The algorithm's arguments in which two runs differ, in words; "" where they agree."""
+def differences(found: dict[str, Any], job: Job) -> str:
+    """The algorithm's arguments in which a run differs from a job, in words; "" where they agree.
+
+    An argument that the run does not know is a later one: the run was made as its default would make it.
+    """
+    expected = job.expected
+    if found:
+        found = job.defaults | found
     names = sorted((found.keys() | expected.keys()) - BOOKKEEPING)
     differing = [name for name in names if found.get(name, "absent") != expected.get(name, "absent")]
     return ", ".join(f"{name} {found.get(name, 'absent')} there, {expected.get(name, 'absent')} here" for name in differing)
@@ -348,7 +356,7 @@ def record(job: Job, side_by_side: int) -> dict[str, Any]:
         job.results.mkdir(parents=True, exist_ok=True)
         write_atomically(job.results / f"seed_{job.seed}.csv", lambda file: file.write(text.getvalue().encode()))
         everything = read_seeds(job.results) | {job.seed: entry}
-        dropped = [seed for seed, other in everything.items() if differences(other["args"], job.expected)]  # only with --force
+        dropped = [seed for seed, other in everything.items() if differences(other["args"], job)]  # only with --force
         for seed in dropped:
             del everything[seed]
         write_meta(job.results, job.agent, job.env, everything)
@@ -360,21 +368,19 @@ def record(job: Job, side_by_side: int) -> dict[str, Any]:
 def is_recorded(job: Job) -> bool:
     """Whether the results hold this very run."""
     entry = read_seeds(job.results).get(job.seed)
-    return (
-        entry is not None and (job.results / f"seed_{job.seed}.csv").exists() and not differences(entry["args"], job.expected)
-    )
+    return entry is not None and (job.results / f"seed_{job.seed}.csv").exists() and not differences(entry["args"], job)
 
 
 def refuse_mixing(jobs: list[Job]) -> None:
     """Raise UsageError where results or unfinished runs were made with other arguments than the ones asked for."""
     for job in jobs:
         for seed, entry in read_seeds(job.results).items():
-            if how := differences(entry["args"], job.expected):
+            if how := differences(entry["args"], job):
                 raise UsageError(
                     f"{job.results} holds seed {seed} made with other arguments ({how}); name another --results, "
                     "or --force to discard what differs and run it again"
                 )
-        how = differences(run_args(job.folder), job.expected)
+        how = differences(run_args(job.folder), job)
         if how and (job.folder / "checkpoint.pt").exists() and not is_recorded(job):
             raise UsageError(
                 f"{job.folder} holds a run made with other arguments ({how}); name another --runs, or --force to discard it"
@@ -391,7 +397,7 @@ def start(job: Job) -> subprocess.Popen:
     if any(job.folder.iterdir()):
         require((job.folder / ".lock").exists(), f"--runs: {job.folder} is not empty and not the folder of a run")
         lock_folder(job.folder, "--runs").close()  # held: a run left by a killed benchmark is still going on
-        resuming &= not differences(run_args(job.folder), job.expected)
+        resuming &= not differences(run_args(job.folder), job)
         if not resuming:
             shutil.rmtree(job.folder)
     folder_args = ["--resume", str(job.folder)] if resuming else ["--run-dir", str(job.folder)]
@@ -543,7 +549,7 @@ def benchmark(args: Args, command: str) -> int:
             if is_recorded(job):
                 continue
             finished = (job.folder / "agent.pt").exists()  # what a run writes last
-            if finished and not differences(run_args(job.folder), job.expected):
+            if finished and not differences(run_args(job.folder), job):
                 record(job, args.jobs)  # this script was killed before it came to that
             else:
                 todo.append(job)

@@ -270,6 +270,16 @@ def test_other_arguments_are_refused_unless_forced(bench, capsys):
     assert "total_steps 900 there, 800 here" in capsys.readouterr().err  # the run's own folder stands in the way, too
 
 
+def test_results_older_than_an_argument_count_as_made_with_its_default(bench, capsys):
+    assert bench(seeds="1") == 0
+    calls, meta = bench.calls(), bench.meta()
+    del meta["args"]["rate"]
+    (bench.results / "meta.json").write_text(json.dumps(meta))
+    assert bench(seeds="1") == 0 and bench.calls() == calls
+    assert bench("--args", "--rate 2", seeds="1") == 2
+    assert "rate 0.5 there, 2.0 here" in capsys.readouterr().err
+
+
 def test_commits_that_differ_are_shown_for_each_seed(bench, monkeypatch, capsys):
     assert bench(seeds="1") == 0
     monkeypatch.setenv("STUB_COMMIT", "def")
