@@ -1,0 +1,589 @@
+"""SAC: its distribution, losses and buffer by hand and by enumeration, its update against torch's parts, whole runs."""
+
+import csv
+import re
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import probes
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Normal, TanhTransform, TransformedDistribution
+from torch.func import functional_call
+from torch.nn.functional import linear
+
+from zoo import sac
+from zoo.common.cli import main
+from zoo.common.device import flatten
+from zoo.common.envs import Step, make_envs
+from zoo.common.errors import RunFault, UsageError
+from zoo.common.files import load_checkpoint
+from zoo.common.run import Run
+from zoo.sac import (
+    Actor,
+    Args,
+    ReplayBuffer,
+    SquashedGaussian,
+    TwinCritic,
+    actor_loss,
+    alpha_loss,
+    critic_loss,
+    polyak,
+    soft_target,
+    soft_value,
+    soft_value_loss,
+)
+
+F64 = torch.float64
+CPU = torch.device("cpu")
+SPACES = SimpleNamespace(obs_dim=3, action_dim=2)
+
+
+class EndlessBox(probes.Endless):
+    action_space = probes.TWO_TO_SIX
+
+
+class DiscountBox(probes.Discount):
+    action_space = probes.TWO_TO_SIX
+
+
+if "probe/EndlessBox-v0" not in gym.registry:
+    gym.register("probe/EndlessBox-v0", EndlessBox, max_episode_steps=5)
+    gym.register("probe/DiscountBox-v0", DiscountBox)
+
+
+# --- the squashed Gaussian ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mean", "log_std"), [(0.0, 0.0), (0.7, -2.0), (3.0, -0.7), (-5.0, 0.0), (0.0, 2.0)])
+def test_the_density_integrates_to_1(mean, log_std):
+    """Over (-1, 1), also where nearly all of it lies at an end."""
+    noise = torch.linspace(-9, 9, 40_001, dtype=F64)[:, None]
+    noise = noise[(mean + np.exp(log_std) * noise).abs().squeeze(-1) < 15]  # beyond, an action is no longer told from its bound
+    dist = SquashedGaussian(torch.full_like(noise, mean), torch.full_like(noise, log_std))
+    action, log_prob = dist.sample(noise)
+    missing = 1 - Normal(0.0, 1.0).cdf(noise[-1]) + Normal(0.0, 1.0).cdf(noise[0])
+    assert torch.trapezoid(log_prob.exp(), action.squeeze(-1)).item() == pytest.approx(1 - missing.item(), abs=1e-4)
+
+
+def test_the_log_probability_equals_torchs():
+    torch.manual_seed(0)
+    mean, log_std, noise = torch.randn(3, 50, 4, dtype=F64)
+    log_std = 0.3 * log_std  # beyond |u| = 10 torch's atanh(action) has lost what tells u
+    theirs = TransformedDistribution(Normal(mean, log_std.exp()), [TanhTransform(cache_size=1)])
+    action, log_prob = SquashedGaussian(mean, log_std).sample(noise)
+    torch.testing.assert_close(log_prob, theirs.log_prob(action).sum(-1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(SquashedGaussian(mean, log_std).mode(), mean.tanh())
+
+
+def test_the_correction_is_exact_where_float32_saturates():
+    """At |u| = 30, 1 - tanh(u)^2 is 0 in float32; its logarithm is 2 log 2 - 60."""
+    dist = SquashedGaussian(torch.tensor([[-30.0], [30.0]]), torch.zeros(2, 1))
+    _, log_prob = dist.sample(torch.zeros(2, 1))
+    expected = -0.5 * np.log(2 * np.pi) - 2 * np.log(2) + 60
+    torch.testing.assert_close(log_prob, torch.full((2,), expected, dtype=torch.float32))
+
+
+def test_the_actor_bounds_its_log_std():
+    torch.manual_seed(0)
+    actor = Actor(SPACES, (4,))
+    with torch.no_grad():
+        actor.net[-1].bias += torch.tensor([0.0, 0.0, 1e3, -1e3])
+    dist = actor(torch.randn(5, 3))
+    assert torch.equal(dist.log_std, torch.tensor([[2.0, -20.0]]).expand(5, 2))
+
+
+# --- estimators and losses ------------------------------------------------------------------------------------------------
+
+
+def test_targets_by_hand():
+    q, log_prob = torch.tensor([[1.0, 5.0, 2.0], [3.0, -4.0, 2.0]]), torch.tensor([-1.0, 2.0, 0.0])
+    value = soft_value(q, log_prob, torch.tensor(0.5))
+    assert value.tolist() == [1.5, -5.0, 2.0]  # the lesser of the two Qs, and alpha before the log-probability
+    terminated = torch.tensor([False, True, False])
+    assert soft_target(torch.tensor([10.0, 20.0, 30.0]), terminated, value, 0.5).tolist() == [10.75, 20.0, 31.0]
+
+
+def test_polyak_by_hand():
+    assert polyak(torch.tensor([0.0, 8.0]), torch.tensor([4.0, 4.0]), 0.25).tolist() == [1.0, 7.0]
+
+
+def test_losses_by_hand():
+    q, target = torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([0.0, 4.0])
+    assert critic_loss(q, target).item() == (1 + 4) / 4 + (9 + 16) / 4
+    assert soft_value_loss(q[0], target).item() == (1 + 4) / 4
+    assert actor_loss(q, torch.tensor([1.0, 2.0]), torch.tensor(0.5)).item() == (0.5 - 1 + 1.0 - 0) / 2
+    log_alpha = torch.tensor(0.0, requires_grad=True)
+    alpha_loss(log_alpha, torch.tensor([1.0, 3.0]), -5.0).backward()
+    assert log_alpha.grad.item() == 3.0  # entropy -2 above the target -5: alpha falls
+
+
+def test_gradients_equal_finite_differences():
+    """Of each loss by its network's parameters, the actor's through its sample, in double precision."""
+    torch.manual_seed(0)
+    nets = [net.double() for net in (Actor(SPACES, (5,)), TwinCritic(SPACES, (5,)), sac.mlp((3, 5, 1)))]
+    (actor, to_actor), (critic, to_critic), (value, to_value) = map(flatten, nets)
+    obs, action, target = torch.randn(7, 3, dtype=F64), torch.rand(7, 2, dtype=F64), torch.randn(7, dtype=F64)
+    noise, alpha = torch.randn(7, 2, dtype=F64), torch.tensor(0.3, dtype=F64)
+
+    def of_critic(params):
+        return critic_loss(functional_call(nets[1], to_critic(params), (obs, action)), target)
+
+    def of_value(params):
+        return soft_value_loss(functional_call(nets[2], to_value(params), (obs,)).squeeze(-1), target)
+
+    def of_actor(params):
+        ours, log_prob = functional_call(nets[0], to_actor(params), (obs,)).sample(noise)
+        return actor_loss(functional_call(nets[1], to_critic(critic), (obs, ours)), log_prob, alpha)
+
+    for loss, params in ((of_critic, critic), (of_value, value), (of_actor, actor)):
+        assert torch.autograd.gradcheck(loss, params.detach().requires_grad_())
+    assert torch.autograd.gradcheck(lambda x: alpha_loss(x, target, -2.0), alpha.clone().requires_grad_())
+
+
+def test_the_twin_critic_is_two_networks():
+    torch.manual_seed(0)
+    net = TwinCritic(SPACES, (8, 6))
+    obs, action = torch.randn(5, 3), torch.randn(5, 2)
+    for i, q in enumerate(net(obs, action)):
+        x = torch.cat((obs, action), 1)
+        for n, (weight, bias) in enumerate(zip(net.weights, net.biases, strict=True)):
+            x = linear(x.relu() if n else x, weight[i].T, bias[i, 0])
+        torch.testing.assert_close(q, x.squeeze(1))
+    wide = TwinCritic(SimpleNamespace(obs_dim=90, action_dim=10), (500,))
+    assert wide.weights[0].abs().max().item() == pytest.approx(0.1, rel=1e-3)  # as nn.Linear's
+    assert nn.Linear(100, 500).weight.abs().max().item() == pytest.approx(0.1, rel=1e-3)
+
+
+# --- the replay buffer ----------------------------------------------------------------------------------------------------
+
+
+class Story:
+    """N scripted environments whose observations are (environment, episode, time), with what truly happened."""
+
+    def __init__(self, num_envs, seed):
+        self.rng, self.num_envs = np.random.default_rng(seed), num_envs
+        self.obs = np.array([[i, 0, 0] for i in range(num_envs)], np.float32)
+        self.true = []  # of every transition: (obs, action, reward, next_obs, terminated)
+
+    def tell(self, buffer):
+        """One step of all environments, stored."""
+        n = self.num_envs
+        busy = len(self.true) // n % 24 >= 12  # endings come in bursts, so that room for them is short again and again
+        chances = [0.1, 0.3, 0.3, 0.3] if busy else [0.91, 0.03, 0.03, 0.03]
+        kind = self.rng.choice(["", "terminated", "truncated", "both"], size=n, p=chances)
+        terminated, truncated = np.isin(kind, ["terminated", "both"]), np.isin(kind, ["truncated", "both"])
+        next_obs, action = self.obs + np.float32([0, 0, 1]), self.rng.random((n, 2)).astype(np.float32)
+        reward, ended = self.rng.random(n), terminated | truncated
+        obs = np.where(ended[:, None], next_obs * np.float32([1, 1, 0]) + np.float32([0, 1, 0]), next_obs)
+        buffer.add(
+            self.obs, torch.as_tensor(action), Step(obs, reward, next_obs, terminated, truncated, [(0.0, 1)] * int(ended.sum()))
+        )
+        rows = zip(self.obs, action, reward.astype(np.float32), next_obs, terminated, strict=True)
+        self.true += [tuple(np.atleast_1d(x).tolist() for x in row) for row in rows]
+        self.obs = obs
+
+    def start_anew(self):
+        self.obs = self.obs * np.float32([1, 1, 0]) + np.float32([0, 100, 0])
+
+
+def as_tuples(transitions):
+    return {tuple(tuple(x) for x in row) for row in transitions}
+
+
+def drawn(buffer, count):
+    columns = (x.reshape(count, -1).tolist() for x in buffer.sample(count, torch.Generator().manual_seed(0)))
+    return as_tuples(zip(*columns, strict=True))
+
+
+@pytest.mark.parametrize(("num_envs", "slots"), [(1, 7), (3, 7), (3, 1), (4, 20)])
+def test_the_buffer_holds_the_last_transitions_and_no_other(num_envs, slots):
+    """After every step, wrapped around many times: exactly the last ones, each with its true successor."""
+    story, buffer = Story(num_envs, seed=0), ReplayBuffer(slots, num_envs, 3, 2, CPU)
+    for _ in range(5 * slots + 20):
+        story.tell(buffer)
+        kept = story.true[-slots * num_envs :]
+        assert drawn(buffer, 20 * len(kept)) == as_tuples(kept)
+    assert len(buffer.final_obs) <= 2 * slots * num_envs  # room for endings is taken as needed
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, 7, 8, 13, 15, 16, 40])
+def test_a_buffer_saved_and_restored_goes_on_without_joining_episodes(steps):
+    story, buffer = Story(3, seed=1), ReplayBuffer(7, 3, 3, 2, CPU)
+    for _ in range(steps):
+        story.tell(buffer)
+    state = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in buffer.state().items()}
+    assert len(state["obs"]) == min(steps, 7) + 1  # no more than what was written
+    again = ReplayBuffer(7, 3, 3, 2, CPU)
+    again.restore(state)
+    again.cut()
+    story.start_anew()
+    for _ in range(20):
+        if story.true:
+            assert drawn(again, 800) == as_tuples(story.true[-21:])
+        story.tell(again)
+
+
+def test_a_buffer_of_another_size_is_refused():
+    state = ReplayBuffer(7, 3, 3, 2, CPU).state()
+    for slots, num_envs in ((8, 3), (7, 2)):
+        with pytest.raises(UsageError, match=f"--buffer-size, --num-envs: {slots} steps of {num_envs} .* 7 steps of 3"):
+            ReplayBuffer(slots, num_envs, 3, 2, CPU).restore(state)
+
+
+def test_sampling_is_uniform():
+    story, buffer = Story(2, seed=2), ReplayBuffer(5, 2, 3, 2, CPU)
+    for _ in range(13):
+        story.tell(buffer)
+    seen = buffer.sample(20_000, torch.Generator().manual_seed(0)).reward
+    counts = torch.unique(seen, return_counts=True)[1]
+    assert len(counts) == 10 and (counts - 2000).abs().max() < 5 * 2000**0.5
+
+
+def test_a_million_transitions_of_halfcheetah_fit_into_170_mb():
+    buffer = ReplayBuffer(250_000, 4, 17, 6, CPU)
+    arrays = [x for x in vars(buffer).values() if isinstance(x, torch.Tensor)]
+    assert sum(x.nbytes for x in arrays) + 4000 * 17 * 4 <= 110e6  # the endings of 1000 steps each included
+
+
+# --- what train hands to the update, and what the update makes of it ------------------------------------------------------
+
+SMALL = dict(
+    num_envs=4, total_steps=400, random_steps=80, batch_size=32, buffer_size=1000, learning_rate=3e-3, hidden=(16,),
+    critic_learning_rate=3e-3, gamma=0.9, tau=0.05, eval_every=0, report_every=100, device="cpu", compile=False, progress=False,
+    env_threads=1,
+)  # fmt: skip
+
+
+def small(folder, env, **changes):
+    return Args(**{**SMALL, "env": env, "run_dir": str(folder), **changes})
+
+
+def rows(folder):
+    """progress.csv without the clocks."""
+    with open(Path(folder) / "progress.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in ("wall_time", "sps")} for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """The arguments and results of the calls of the functions that train hands to compile_function, by name."""
+    calls = {}
+
+    def record(function, device, enabled):
+        mine = calls.setdefault(function.__name__, [])
+
+        def call(*args):
+            mine.append((args, function(*args)))
+            return mine[-1][1]
+
+        return call
+
+    monkeypatch.setattr(sac, "compile_function", record)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, dict(alpha=0.3), dict(target_entropy=0.5), dict(value_network=True), dict(value_network=True, alpha=0.3)],
+    ids=lambda changes: ",".join(changes) or "defaults",
+)  # fmt: skip
+def test_updates_equal_torchs_own_parts(tmp_path, spy, changes):
+    """Twelve updates with separate modules, torch's distributions, backward and Adam, in the order of the published loop."""
+    args = small(tmp_path, "Pendulum-v1", total_steps=92, learning_rate=1e-3, critic_learning_rate=3e-3, **changes)
+    sac.train(args)
+    updates = spy["update"]
+    assert len(updates) == 12
+    envs = make_envs("Pendulum-v1", 1)
+    start = updates[0][0][0]
+    actor, twin, value = Actor(envs, (16,)), TwinCritic(envs, (16,)), sac.mlp((3, 16, 1))
+
+    def load(net, vector):
+        net.load_state_dict(flatten(net)[1](vector))
+        return net
+
+    def vector(net):
+        return flatten(net)[0]
+
+    load(actor, start["actor"])
+    load(twin, start["critic"])
+    followed = twin
+    if args.value_network:
+        followed = load(value, start["value"])
+    lagging = type(followed)(envs, (16,)) if followed is twin else sac.mlp((3, 16, 1))
+    load(lagging, start["target"])
+    assert torch.equal(vector(lagging), vector(followed))  # targets start equal
+    log_alpha = torch.tensor(np.log(args.alpha or 1.0), dtype=torch.float32, requires_grad=True)
+    rates = {actor: 1e-3, twin: 3e-3, value: 3e-3}
+    optims = {net: torch.optim.Adam(net.parameters(), lr=rate) for net, rate in rates.items()}
+    alpha_optim = torch.optim.Adam([log_alpha], lr=3e-3)
+    wanted_entropy = -1.0 if args.target_entropy is None else args.target_entropy
+
+    def acted(obs, noise):
+        dist = actor(obs)
+        u = dist.mean + dist.log_std.exp() * noise
+        torchs = TransformedDistribution(Normal(dist.mean, dist.log_std.exp()), [TanhTransform(cache_size=1)])
+        action = torchs.transforms[0](u)
+        return action, torchs.log_prob(action).sum(-1)
+
+    def descend(optim, loss):
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+
+    for (_, batch, noise), (learner, metrics) in updates:
+        alpha = log_alpha.exp().detach()
+        with torch.no_grad():
+            if args.value_network:
+                action, log_prob = acted(batch.obs, noise[0])
+                soft = torch.min(*twin(batch.obs, action)) - alpha * log_prob
+                future = lagging(batch.next_obs)[:, 0]
+            else:
+                action, log_prob = acted(batch.next_obs, noise[0])
+                future = torch.min(*lagging(batch.next_obs, action)) - alpha * log_prob
+            target = batch.reward + 0.9 * torch.where(batch.terminated, 0.0, future)
+        if args.value_network:
+            v_loss = nn.functional.mse_loss(value(batch.obs)[:, 0], soft) / 2
+            descend(optims[value], v_loss)
+            assert metrics["vf_loss"].item() == pytest.approx(v_loss.item(), rel=1e-3)
+        q1, q2 = twin(batch.obs, batch.action)
+        q_loss = (nn.functional.mse_loss(q1, target) + nn.functional.mse_loss(q2, target)) / 2
+        descend(optims[twin], q_loss)
+        action, log_prob = acted(batch.obs, noise[1])
+        pi_loss = (alpha * log_prob - torch.min(*twin(batch.obs, action))).mean()
+        descend(optims[actor], pi_loss)
+        if args.alpha is None:
+            descend(alpha_optim, -(log_alpha.exp() * (log_prob.detach() + wanted_entropy)).mean())
+        with torch.no_grad():
+            for old, new in zip(lagging.parameters(), followed.parameters(), strict=True):
+                old.lerp_(new, 0.05)
+        found = {"actor": actor, "critic": twin, "target": lagging} | ({"value": value} if args.value_network else {})
+        for name, net in found.items():
+            torch.testing.assert_close(learner[name], vector(net), rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(learner["log_alpha"], log_alpha.detach(), rtol=1e-4, atol=1e-6)
+        assert metrics["qf_loss"].item() == pytest.approx(q_loss.item(), rel=1e-3)
+        assert metrics["actor_loss"].item() == pytest.approx(pi_loss.item(), rel=1e-3)
+        assert metrics["entropy"].item() == pytest.approx(-log_prob.mean().item(), rel=1e-3, abs=1e-4)
+    assert (log_alpha.item() == pytest.approx(np.log(args.alpha or 1.0))) == (args.alpha is not None)
+
+
+def test_random_actions_come_first_and_are_held(tmp_path, spy, monkeypatch):
+    actions, step = [], sac.VectorEnv.step
+
+    def recorded(envs, action):
+        actions.append(action.copy())
+        return step(envs, action)
+
+    monkeypatch.setattr(sac.VectorEnv, "step", recorded)
+    monkeypatch.setattr(sac.Run, "_evaluation", lambda run, policy: {"eval_return": 0.0, "eval_std": 0.0})
+    sac.train(small(tmp_path, "Pendulum-v1", total_steps=100, random_steps=80, random_hold=5))
+    assert len(actions) == 25 and len(spy["act"]) == 5
+    assert all(np.array_equal(actions[i], actions[i - i % 5]) for i in range(20))
+    firsts = np.stack(actions[:20:5]).ravel()
+    assert len(set(firsts.tolist())) == 16 and firsts.min() < -0.5 and firsts.max() > 0.5 and abs(firsts).max() <= 1
+
+
+@pytest.mark.parametrize(("rate", "count"), [(1.0, 100), (0.5, 50), (0.3, 30), (2.5, 250)])
+def test_updates_are_counted_by_environment_steps(tmp_path, spy, rate, count):
+    sac.train(small(tmp_path, "probe/EndlessBox-v0", total_steps=183, random_steps=80, updates_per_step=rate, report_every=30))
+    table = rows(tmp_path)
+    assert len(spy["update"]) == count and [int(row["step"]) for row in table] == [32, 64, 96, 128, 160, 180]
+    assert not table[1]["qf_loss"] and table[2]["qf_loss"]
+
+
+# --- probe environments ---------------------------------------------------------------------------------------------------
+
+
+def learnt(args):
+    """What a run leaves: Q of the policy's own action (observations in, the lesser of both), and its actions."""
+    sac.train(args)
+    folder, envs = Path(args.run_dir), make_envs(args.env, 1)
+    learner = load_checkpoint(folder / "checkpoint.pt", "--resume", "sac")["state"]["learner"]
+    policy = sac.make_policy(envs, args, load_checkpoint(folder / "agent.pt", "--agent", "sac")["state"])
+    net = TwinCritic(envs, args.hidden)
+
+    def q(*obs):
+        seen = torch.tensor(obs, dtype=torch.float32)[:, None]
+        action = torch.as_tensor(policy(seen.numpy()))
+        return functional_call(net, flatten(net)[1](learner["critic"]), (seen, action)).min(0).values.tolist()
+
+    def act(*obs):
+        return envs.to_env_action(policy(np.array(obs, np.float32)[:, None])).reshape(-1).tolist()
+
+    return q, act
+
+
+FAST = dict(learning_rate=0.01, critic_learning_rate=0.01)
+FORMS = pytest.mark.parametrize("value_network", [False, True], ids=["twin-targets", "value-network"])
+
+
+@FORMS
+def test_probe_time_limit_is_no_end_of_the_world(tmp_path, value_network):
+    """Reward 1 for ever, cut every 5 steps; a uniform policy's entropy is log 2, so V = (1 + alpha log 2) / (1 - gamma).
+
+    A forgotten alpha or entropy makes Q = 5, a truncation taken for a termination at most 4.6.
+    """
+    q, _ = learnt(small(
+        tmp_path, "probe/EndlessBox-v0", alpha=0.5, value_network=value_network, total_steps=800, tau=0.1, gamma=0.8, **FAST
+    ))  # fmt: skip
+    assert q(0) == pytest.approx([1 + 0.8 * (1 + 0.5 * np.log(2)) / (1 - 0.8)], abs=0.4)
+
+
+@FORMS
+def test_probe_termination_ends_the_future(tmp_path, value_network):
+    """Two steps, reward 1 at the end: Q(1) = 1, Q(0) = gamma (1 + alpha log 2)."""
+    q, _ = learnt(small(
+        tmp_path, "probe/DiscountBox-v0", alpha=0.2, value_network=value_network, total_steps=800, gamma=0.7, tau=0.1, **FAST
+    ))  # fmt: skip
+    assert q(0, 1) == pytest.approx([0.7 * (1 + 0.2 * np.log(2)), 1.0], abs=0.05)
+
+
+@FORMS
+@pytest.mark.parametrize("alpha", [None, 0.01], ids=["tuned", "fixed"])
+def test_probe_acting_on_the_observation_in_a_box(tmp_path, value_network, alpha):
+    """Bounds [2, 6], best action 4 + o."""
+    _, act = learnt(small(
+        tmp_path, "probe/ActOnObsBox-v0", alpha=alpha, value_network=value_network, total_steps=1000, hidden=(32,), **FAST
+    ))  # fmt: skip
+    assert act(-1, 1) == pytest.approx([3.0, 5.0], abs=0.3)
+
+
+def test_probe_acting_in_a_box(tmp_path):
+    _, act = learnt(small(tmp_path, "probe/ActBox-v0", total_steps=800, **FAST))
+    assert act(0) == pytest.approx([3.0], abs=0.3)
+
+
+def test_the_temperature_meets_its_target(tmp_path):
+    sac.train(small(
+        tmp_path, "probe/ActOnObsBox-v0", target_entropy=-0.5, total_steps=1000, hidden=(32,), **FAST
+    ))  # fmt: skip
+    assert float(rows(tmp_path)[-1]["entropy"]) == pytest.approx(-0.5, abs=0.25)
+
+
+# --- whole runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [{}, dict(value_network=True, alpha=0.2)], ids=["twin-targets", "value-network"])
+def test_compiled_equals_eager(tmp_path, capsys, form):
+    """200 updates on one task without chaos: what rounding leaves."""
+    ends = []
+    for compiled in (False, True):
+        folder = tmp_path / str(compiled)
+        sac.train(small(folder, "probe/ActOnObsBox-v0", compile=compiled, total_steps=280, hidden=(8,), **form))
+        learner = load_checkpoint(folder / "checkpoint.pt", "--resume")["state"]["learner"]
+        ends.append({name: x for name, x in learner.items() if not isinstance(x, dict)})
+    assert "warning" not in capsys.readouterr().err  # that compilation failed
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-3)
+
+
+def test_the_same_seed_gives_the_same_table(tmp_path):
+    tables = []
+    for name, seed in (("one", 3), ("two", 3), ("other", 4)):
+        torch.manual_seed(99)  # nothing of the process's own generators may matter
+        np.random.seed(len(tables))  # noqa: NPY002
+        sac.train(small(tmp_path / name, "Pendulum-v1", seed=seed, total_steps=200, eval_every=100, eval_episodes=2))
+        tables.append(rows(tmp_path / name))
+    assert tables[0] == tables[1] != tables[2] and len(tables[0]) == 2
+    assert all(row["eval_return"] for row in tables[0])
+
+
+def test_a_stopped_run_resumed_goes_on(tmp_path, monkeypatch, spy):
+    """Networks, optimisers, buffer and generator are the checkpoint's; episodes start anew, and none is joined."""
+    whole = small(tmp_path / "run", "Pendulum-v1", checkpoint_every=1e-9, total_steps=400)
+    report, seen = sac.Run.report, []
+
+    def failing(run, step, *rest):
+        report(run, step, *rest)
+        if step == 200:
+            raise RunFault("power cut")
+
+    monkeypatch.setattr(sac.Run, "report", failing)
+    with pytest.raises(RunFault, match="power cut"):
+        sac.train(whole)
+    Run.latest.close()  # as main does
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pt", "--resume", "sac")
+    assert saved["step"] == 200 and saved["state"]["buffer"]["size"] == 50
+    stopped = len(spy["update"])
+    last = spy["update"][-1][1][0]
+
+    add = ReplayBuffer.add
+
+    def watched(buffer, obs, action, step):
+        if not seen:
+            seen.append((buffer.size, buffer.endings[1], buffer.obs[50].clone(), buffer.final_obs[:4].clone()))
+        add(buffer, obs, action, step)
+
+    monkeypatch.setattr(ReplayBuffer, "add", watched)
+    sac.train(replace(whole, run_dir=None, resume=whole.run_dir))
+    resumed = spy["update"][stopped][0][0]
+    torch.testing.assert_close(resumed, last, rtol=0, atol=0)
+    size, endings, newest, finals = seen[0]
+    assert (size, endings) == (50, 4) and torch.equal(newest, finals)
+    assert [int(row["step"]) for row in rows(tmp_path / "run")] == [100, 200, 300, 400]
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys):
+    """Run the agent's command line in this process: its exit status and the lines on stdout and stderr."""
+
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["sac.py", *map(str, argv)])
+        capsys.readouterr()
+        try:
+            main(Args, sac.train, lambda env: sac.SETTINGS.get(env, {}))
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return status, *(text.splitlines() for text in capsys.readouterr())
+
+    old = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield run
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), old, strict=True):
+        signal.signal(number, handler)
+
+
+def test_pendulum_is_learnt(tmp_path, command_line):
+    """The task's own settings, from the command line."""
+    status, out, _ = command_line("--env", "Pendulum-v1", "--run-dir", tmp_path, "--eval-every", 0)
+    assert status == 0
+    assert float(re.fullmatch(r"final evaluation: (\S+) ± \S+ over 100 episodes", out[-1])[1]) >= -160
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--env", "CartPole-v1"], ["--env CartPole-v1", "discrete", "zoo/ppo.py"]),
+        (["--env", "probe/Bounds-v0"], ["--env probe/Bounds-v0", "unbounded", "zoo/ppo.py"]),
+        (["--env", "probe/MultiDiscreteAction-v0"], ["--env probe/MultiDiscreteAction-v0", "MultiDiscrete"]),
+        (["--batch-size", 0], ["--batch-size", "at least 1", "0"]),
+        (["--random-hold", 0], ["--random-hold", "at least 1", "0"]),
+        (["--random-steps", -1], ["--random-steps", "at least 0", "-1"]),
+        (["--buffer-size", 3, "--num-envs", 4], ["--buffer-size 3", "--num-envs 4"]),
+        (["--total-steps", 3, "--num-envs", 4], ["--total-steps 3", "--num-envs 4"]),
+        (["--alpha", 0], ["--alpha", "greater than 0", "0"]),
+        (["--updates-per-step", 0], ["--updates-per-step", "greater than 0", "0"]),
+        (["--tau", 1.5], ["--tau", "[0, 1]", "1.5"]),
+        (["--gamma", -0.1], ["--gamma", "[0, 1]", "-0.1"]),
+    ],
+)
+def test_arguments_that_cannot_work(tmp_path, command_line, argv, words):
+    given = argv if "--env" in argv else ["--env", "probe/ActBox-v0", *argv]
+    short = ["--total-steps", 40, "--eval-episodes", 1, "--no-compile"]
+    status, _, lines = command_line(*short, "--run-dir", tmp_path / "run", *given)
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert all(word in lines[0] for word in words), lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_diverging_run_stops_and_names_what_became_infinite(tmp_path, command_line):
+    status, _, lines = command_line(
+        "--env", "probe/ActBox-v0", "--critic-learning-rate", 1e30, "--random-steps", 8, "--hidden", 8, "--report-every", 40,
+        "--no-compile", "--run-dir", tmp_path,
+    )  # fmt: skip
+    assert status == 1 and re.match(r"error: .*(became|non-finite)", lines[0]), lines
+    assert not (tmp_path / "agent.pt").exists()

@@ -1,0 +1,449 @@
+"""Soft Actor-Critic (Haarnoja et al. 2018, arXiv:1801.01290 and arXiv:1812.05905), one file.
+
+Maximises sum_t E[ r_t + alpha H(pi(.|s_t)) ] off-policy: every transition goes into a replay buffer D, and each environment
+step pays for one gradient step on a batch of it. Twin critics Q_1, Q_2; Q means min(Q_1, Q_2) wherever one is asked for.
+
+    a, log pi(a|s)   a = tanh(u), u = mean(s) + std(s) eps         reparametrised: eps ~ N(0, 1) comes from outside
+                     log pi(a|s) = log N(u; mean, std) - sum log(1 - tanh(u)^2)
+    V(s)             E_{a ~ pi}[ Q(s, a) - alpha log pi(a|s) ]     one sample of a
+
+    critics          J_Q = sum_i E[ 1/2 (Q_i(s_t, a_t) - (r_t + gamma (1 - terminated_t) V(s_{t+1})))^2 ]
+    actor            J_pi = E[ alpha log pi(a|s_t) - Q(s_t, a) ]
+    temperature      J_alpha = E[ -alpha (log pi(a|s_t) + target entropy) ]     unless --alpha fixes it
+    targets          psi' <- tau psi + (1 - tau) psi'
+
+The second paper's form takes V(s_{t+1}) from the targets of the critics. --value-network is the first paper's: V is a network
+of its own, with J_V = E[ 1/2 (V(s_t) - (Q(s_t, a) - alpha log pi(a|s_t)))^2 ], and V(s_{t+1}) is its target's. An alpha
+belongs before every log pi; papers that leave it out scale the rewards by 1/alpha instead.
+
+    python zoo/sac.py --env HalfCheetah-v4 --threads 2
+    python zoo/sac.py --env Pendulum-v1                          20k steps, half a minute
+    python zoo/sac.py --env Hopper-v4 --value-network --alpha 0.2
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+from torch.nn.functional import softplus
+from torch.utils._pytree import tree_map
+
+from zoo.common.cli import RunArgs, check_args, main, require
+from zoo.common.device import compile_function, flatten, restore_generator, setup
+from zoo.common.envs import Step, VectorEnv, make_envs
+from zoo.common.optim import adam, new_adam
+from zoo.common.run import Policy, Run
+
+
+@dataclass
+class Args(RunArgs):
+    num_envs: int = 4  # environments stepped together, N
+    updates_per_step: float = 1.0  # gradient steps for each environment step (all environments counted)
+    batch_size: int = 256  # transitions in a gradient step
+    buffer_size: int = 1_000_000  # transitions kept, the last ones of all environments together
+    random_steps: int = 5_000  # environment steps of uniformly random actions at the start, before any update
+    random_hold: int = 1  # steps for which a random action is kept: a longer push gets further
+    learning_rate: float = 3e-4  # Adam's, of the actor
+    critic_learning_rate: float = 1e-3  # Adam's, of the critics, the value network and the temperature
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # how far the targets move towards their networks in a gradient step
+    alpha: float | None = None  # fixed temperature (default: tuned to the target entropy, from 1)
+    target_entropy: float | None = None  # of a tuned temperature (default: minus the number of action dimensions)
+    value_network: bool = False  # the 2018 form, with a separate V and its target
+    hidden: tuple[int, ...] = (256, 256)  # widths of the ReLU layers
+    bf16: bool = False  # bfloat16 matrix products, where the hardware has them (AMX, CUDA)
+    eval_every: int = 50_000  # environment steps between evaluations; 0: at the end only
+    report_every: int = 500  # environment steps between reports (rounded up to whole iterations)
+
+
+# What differs by task; a flag wins over it. Everything else runs on the defaults above.
+SETTINGS: dict[str, dict] = {
+    "Pendulum-v1": dict(
+        total_steps=20_000, num_envs=1, random_steps=500, learning_rate=1e-3, hidden=(64, 64), eval_every=5_000,
+        eval_episodes=100,
+    ),
+    "MountainCarContinuous-v0": dict(
+        total_steps=50_000, random_steps=5_000, random_hold=50, gamma=0.9999, alpha=0.1, batch_size=512, tau=0.01,
+        hidden=(64, 64), eval_every=10_000,
+    ),
+}  # fmt: skip
+
+
+# --- networks and distributions -------------------------------------------------------------------------------------------
+
+LOG_2, HALF_LOG_2PI = 0.6931471805599453, 0.9189385332046727
+# The bounds of the original code: std e^2 fills [-1, 1] after tanh, and e^-20 is no noise at all, so that neither limits what
+# the temperature asks for. A floor as high as e^-5 would: once clamped there, log_std has no gradient to come back by.
+LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
+
+
+class SquashedGaussian(NamedTuple):
+    """tanh of a diagonal Gaussian, a distribution over (-1, 1)^A; mean, log_std (B, A), both of the state."""
+
+    mean: Tensor
+    log_std: Tensor
+
+    def sample(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions (B, A) made of standard normal noise (B, A), and their log-probabilities (B,); differentiable."""
+        u = self.mean + self.log_std.exp() * noise
+        gaussian = -0.5 * noise**2 - self.log_std - HALF_LOG_2PI
+        # log(1 - tanh(u)^2) without the cancellation, which is complete in float32 from |u| = 9 on
+        squash = 2.0 * (LOG_2 - u - softplus(-2.0 * u))
+        return u.tanh(), (gaussian - squash).sum(-1)
+
+    def mode(self) -> Tensor:
+        return self.mean.tanh()  # of the Gaussian, squashed
+
+
+def mlp(widths: tuple[int, ...]) -> nn.Sequential:
+    """Linear layers of these widths with ReLU in between, torch's default initialisation."""
+    layers = [m for i, o in pairwise(widths) for m in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+class Actor(nn.Module):
+    """obs (B, D) -> the policy's distribution."""
+
+    def __init__(self, envs: VectorEnv, hidden: tuple[int, ...]):
+        super().__init__()
+        self.net = mlp((envs.obs_dim, *hidden, 2 * envs.action_dim))
+
+    def forward(self, obs: Tensor) -> SquashedGaussian:
+        mean, log_std = self.net(obs).chunk(2, -1)
+        return SquashedGaussian(mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX))
+
+
+class TwinCritic(nn.Module):
+    """obs (B, D), action (B, A) -> Q_1 and Q_2 (2, B): two networks whose weights are stacked, one batched product a layer."""
+
+    def __init__(self, envs: VectorEnv, hidden: tuple[int, ...]):
+        super().__init__()
+        widths = (envs.obs_dim + envs.action_dim, *hidden, 1)
+        # U(-1, 1) / sqrt(inputs), as nn.Linear
+        self.weights = nn.ParameterList([(2 * torch.rand(2, i, o) - 1) * i**-0.5 for i, o in pairwise(widths)])
+        self.biases = nn.ParameterList([(2 * torch.rand(2, 1, o) - 1) * i**-0.5 for i, o in pairwise(widths)])
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        x = torch.cat((obs, action), -1).expand(2, -1, -1)
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.bmm(x.relu() if i else x, weight) + bias  # not baddbmm: compiled, sum and ReLU are one pass
+        return x.squeeze(-1)
+
+
+# --- estimators -----------------------------------------------------------------------------------------------------------
+
+
+def soft_value(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
+    """V (B,) from both critics' Q (2, B) of an action of the policy's and its log-probability (B,)."""
+    return q.min(0).values - alpha * log_prob
+
+
+def soft_target(reward: Tensor, terminated: Tensor, next_value: Tensor, gamma: float) -> Tensor:
+    """What both critics learn (B,): a termination ends the future, a time limit does not."""
+    return reward + gamma * ~terminated * next_value
+
+
+def polyak(target: Tensor, params: Tensor, tau: float) -> Tensor:
+    """The target's parameters moved by tau towards the network's."""
+    return tau * params + (1 - tau) * target
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------------
+
+
+def critic_loss(q: Tensor, target: Tensor) -> Tensor:
+    """J_Q, the sum of both critics'; q (2, B), target (B,)."""
+    return 0.5 * ((q - target) ** 2).mean(-1).sum()
+
+
+def soft_value_loss(value: Tensor, target: Tensor) -> Tensor:
+    """J_V; value (B,), target (B,) the soft value of the critics."""
+    return 0.5 * ((value - target) ** 2).mean()
+
+
+def actor_loss(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
+    """J_pi; q (2, B) and log_prob (B,) of the policy's own actions."""
+    return -soft_value(q, log_prob, alpha).mean()
+
+
+def alpha_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
+    """J_alpha; falls with alpha while the policy's entropy is above the target."""
+    return -(log_alpha.exp() * (log_prob + target_entropy)).mean()
+
+
+# --- the replay buffer ----------------------------------------------------------------------------------------------------
+
+
+class Replayed(NamedTuple):
+    """Transitions drawn from the buffer, (B, ...) each; next_obs is the true successor."""
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    next_obs: Tensor
+    terminated: Tensor
+
+
+RING = ("obs", "action", "reward", "terminated", "ending")  # the ring's columns
+
+
+class ReplayBuffer:
+    """The last `slots` steps of N environments, in a ring of rows.
+
+    The successor of row t is the observation of row t + 1: stored once. Where an episode ended it is not, and the true one is
+    kept in a second, growing ring; `ending` (slots + 1, N) holds its running number there, -1 elsewhere. One row more than
+    slots, because the newest step already has its successor in the row that comes next.
+    """
+
+    def __init__(self, slots: int, num_envs: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.obs = torch.zeros(slots + 1, num_envs, obs_dim, device=device)  # zeros take no memory until written to
+        self.action = torch.zeros(slots + 1, num_envs, action_dim, device=device)
+        self.reward = torch.zeros(slots + 1, num_envs, device=device)
+        self.terminated = torch.zeros(slots + 1, num_envs, dtype=torch.bool, device=device)
+        self.ending = torch.zeros(slots + 1, num_envs, dtype=torch.int32, device=device)
+        self.final_obs = torch.zeros(num_envs, obs_dim, device=device)
+        self.head = self.size = 0  # the row to be written next; rows filled
+        self.endings = [0, 0]  # numbers of the oldest ending that is kept and of the next one
+
+    def add(self, obs: np.ndarray, action: Tensor, step: Step) -> None:
+        """Store a step of all environments: what was acted on, the action, and what came of it."""
+        row, rows = self.head, len(self.obs)
+        if self.size == rows - 1:  # the oldest row's observation makes room for the newest successor
+            self.size -= 1
+            self.endings[0] += int((self.ending[(row + 1) % rows] >= 0).sum())
+        self.obs[row] = torch.as_tensor(obs)
+        self.action[row] = action
+        self.reward[row] = torch.as_tensor(step.reward)
+        self.terminated[row] = torch.as_tensor(step.terminated)
+        self.ending[row] = -1
+        self.head, self.size = (row + 1) % rows, self.size + 1
+        self.obs[self.head] = torch.as_tensor(step.next_obs)
+        if step.episodes:
+            self._end(torch.as_tensor(step.terminated | step.truncated))
+
+    def cut(self) -> None:
+        """Let the newest step be its episode's last one, because all environments start anew (a run was resumed)."""
+        if self.size:
+            self._end(self.ending[self.head - 1].cpu() < 0)
+
+    def _end(self, ended: Tensor) -> None:
+        """Keep the successors of the newest step apart, those of the environments of a mask (N,)."""
+        oldest, first = self.endings
+        new = torch.arange(first, first + int(ended.sum()))
+        if first + len(new) - oldest > len(self.final_obs):
+            kept, old = torch.arange(oldest, first), self.final_obs
+            self.final_obs = torch.zeros(2 * len(old), old.shape[1], device=old.device)
+            self.final_obs[kept % len(self.final_obs)] = old[kept % len(old)]
+        self.final_obs[new % len(self.final_obs)] = self.obs[self.head, ended]
+        self.ending[self.head - 1, ended] = new.to(self.ending)
+        self.endings[1] += len(new)
+
+    def sample(self, count: int, generator: torch.Generator) -> Replayed:
+        """`count` stored transitions, uniformly with replacement."""
+        rows, num_envs = self.reward.shape
+        drawn = torch.randint(self.size * num_envs, (count,), generator=generator, device=self.obs.device)
+        here = (drawn + (self.head - self.size) * num_envs) % (rows * num_envs)
+        obs, action, reward, terminated, ending = (getattr(self, name).flatten(0, 1) for name in RING)
+        number = ending[here]
+        final, successor = self.final_obs[number % len(self.final_obs)], obs[(here + num_envs) % len(obs)]
+        next_obs = torch.where((number >= 0).unsqueeze(-1), final, successor)
+        return Replayed(obs[here], action[here], reward[here], next_obs, terminated[here])
+
+    def batches(self, count: int, size: int, generator: torch.Generator) -> Iterator[tuple[Replayed, Tensor]]:
+        """`count` batches of `size` transitions, gathered at once, each with noise (2, B, A) for two actions a state."""
+        if count:
+            noise = torch.randn(count, 2, size, self.action.shape[-1], generator=generator, device=self.obs.device)
+            columns = (column.split(size) for column in self.sample(count * size, generator))
+            for *batch, each in zip(*columns, noise, strict=True):
+                yield Replayed(*batch), each
+
+    def state(self) -> dict:
+        """Everything in it, for a checkpoint: the rows written so far, without copying."""
+        rows = len(self.obs)
+        used = self.size + 1 if self.head == self.size else rows
+        arrays = {name: getattr(self, name)[:used] for name in RING}
+        numbers = {"rows": rows, "head": self.head, "size": self.size, "endings": list(self.endings)}
+        return arrays | {"final_obs": self.final_obs} | numbers
+
+    def restore(self, state: dict) -> None:
+        """Take over what `state` gave. Raises UsageError where the buffer has another size."""
+        ours, theirs = tuple(self.reward.shape), (state["rows"], state["reward"].shape[1])
+        require(
+            ours == theirs,
+            f"--buffer-size, --num-envs: {ours[0] - 1} steps of {ours[1]} environments do not fit the checkpoint's replay "
+            f"buffer of {theirs[0] - 1} steps of {theirs[1]}; resume without these arguments",
+        )
+        for name in RING:
+            getattr(self, name)[: len(state[name])] = state[name]
+        self.final_obs = state["final_obs"].to(self.obs.device)
+        self.head, self.size, self.endings = state["head"], state["size"], list(state["endings"])
+
+
+# --- the run --------------------------------------------------------------------------------------------------------------
+
+
+def make_policy(envs: VectorEnv, args: Args, acting: dict) -> Policy:
+    """The deterministic policy of what an agent.pt holds: observations (B, D) to the squashed means of their actions."""
+    device = acting["params"].device
+    net = Actor(envs, args.hidden).to(device)
+    params = flatten(net)[1](acting["params"])
+
+    def policy(obs: np.ndarray) -> np.ndarray:
+        return functional_call(net, params, (torch.as_tensor(obs, device=device),)).mode().cpu().numpy()
+
+    return policy
+
+
+def check(args: Args) -> None:
+    """Refuse arguments that cannot work together."""
+    check_args(
+        args,
+        at_least_1=("batch_size", "random_hold", "report_every", "hidden"),
+        fractions=("gamma", "tau"),
+        positive=("updates_per_step", "learning_rate", "critic_learning_rate", "alpha"),
+    )
+    require(args.random_steps >= 0, f"--random-steps must be at least 0, not {args.random_steps}")
+    require(
+        args.buffer_size >= args.num_envs,
+        f"--buffer-size {args.buffer_size} is less than one step of the environments (--num-envs {args.num_envs})",
+    )
+    require(args.total_steps >= args.num_envs, f"--total-steps {args.total_steps} is less than --num-envs {args.num_envs}")
+
+
+def check_actions(envs: VectorEnv) -> None:
+    """Refuse actions that tanh cannot reach."""
+    others = "zoo/ppo.py, zoo/trpo.py, zoo/actor_critic.py or zoo/reinforce.py"
+    require(not envs.discrete, f"--env {envs.env_id}: actions are discrete, and SAC acts in a bounded Box; use {others}")
+    bounded = bool(envs.bounded.all())
+    require(bounded, f"--env {envs.env_id}: actions are unbounded, and SAC squashes them into finite bounds; use {others}")
+
+
+def train(args: Args) -> float:
+    """Run SAC; the mean return of the final evaluation."""
+    check(args)
+    device = setup(args.device, args.threads)
+    able = device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    require(able or not args.bf16, "--bf16: this CPU has neither AMX nor AVX512-BF16; it would multiply in float32")
+    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")
+    envs = make_envs(args.env, args.num_envs, threads=args.env_threads)
+    check_actions(envs)
+    torch.manual_seed(args.seed)
+    actor_net, critic_net = Actor(envs, args.hidden).to(device), TwinCritic(envs, args.hidden).to(device)
+    value_net = mlp((envs.obs_dim, *args.hidden, 1)).to(device)
+    (actor, unflatten_actor), (critic, unflatten_critic), (value, unflatten_value) = map(
+        flatten, (actor_net, critic_net, value_net)
+    )
+    generator = torch.Generator(device).manual_seed(args.seed)
+    target_entropy = -float(envs.action_dim) if args.target_entropy is None else args.target_entropy
+    followed = "value" if args.value_network else "critic"  # the network that has a target
+
+    def policy_of(params, obs):
+        return functional_call(actor_net, unflatten_actor(params), (obs,))
+
+    def q_of(params, obs, action):
+        return functional_call(critic_net, unflatten_critic(params), (obs, action))
+
+    def v_of(params, obs):
+        return functional_call(value_net, unflatten_value(params), (obs,)).squeeze(-1)
+
+    def act(params, obs, noise):
+        return policy_of(params, obs).sample(noise)[0]
+
+    def descend(learner, name, gradient, learning_rate):
+        """A step of Adam on learner[name]."""
+        params, opt = adam(learner[name], gradient, learner[f"{name}_opt"], learning_rate, eps=1e-8, hoist=True)
+        return learner | {name: params, f"{name}_opt": opt}
+
+    def update(learner, batch, noise):
+        """A gradient step on everything, a pure function: networks, optimisers and batch in, the new ones and metrics out."""
+        alpha, metrics = learner["log_alpha"].exp(), {}
+        if args.value_network:
+            action, log_prob = policy_of(learner["actor"], batch.obs).sample(noise[0])
+            wanted = soft_value(q_of(learner["critic"], batch.obs, action), log_prob, alpha)
+            next_value = v_of(learner["target"], batch.next_obs)
+            v_loss = grad_and_value(lambda params: soft_value_loss(v_of(params, batch.obs), wanted))
+            gradient, metrics["vf_loss"] = v_loss(learner["value"])
+            learner = descend(learner, "value", gradient, args.critic_learning_rate)
+        else:
+            action, log_prob = policy_of(learner["actor"], batch.next_obs).sample(noise[0])
+            next_value = soft_value(q_of(learner["target"], batch.next_obs, action), log_prob, alpha)
+        target = soft_target(batch.reward, batch.terminated, next_value, args.gamma)
+
+        def q_loss(params):
+            q = q_of(params, batch.obs, batch.action)
+            return critic_loss(q, target), q.mean()
+
+        gradient, (metrics["qf_loss"], metrics["qf_values"]) = grad_and_value(q_loss, has_aux=True)(learner["critic"])
+        learner = descend(learner, "critic", gradient, args.critic_learning_rate)
+
+        critic = learner["critic"]
+
+        def pi_loss(params):
+            action, log_prob = policy_of(params, batch.obs).sample(noise[1])
+            return actor_loss(q_of(critic, batch.obs, action), log_prob, alpha), log_prob
+
+        gradient, (metrics["actor_loss"], log_prob) = grad_and_value(pi_loss, has_aux=True)(learner["actor"])
+        learner = descend(learner, "actor", gradient, args.learning_rate)
+        if args.alpha is None:
+            gradient, metrics["alpha_loss"] = grad_and_value(alpha_loss)(learner["log_alpha"], log_prob, target_entropy)
+            learner = descend(learner, "log_alpha", gradient, args.critic_learning_rate)
+        target = polyak(learner["target"], learner[followed], args.tau)
+        return learner | {"target": target}, metrics | {"alpha": alpha, "entropy": -log_prob.mean()}
+
+    def policy(obs):  # at the present parameters, without noise, for evaluations
+        return policy_of(learner["actor"], torch.as_tensor(obs, device=device)).mode().cpu().numpy()
+
+    def snapshot():
+        return {"learner": learner, "buffer": buffer.state(), "generator": generator.get_state()}
+
+    act, update = (compile_function(f, device, args.compile) for f in (act, update))
+
+    log_alpha = torch.tensor(math.log(1.0 if args.alpha is None else args.alpha), device=device)
+    networks = {"actor": actor, "critic": critic, "log_alpha": log_alpha} | ({"value": value} if args.value_network else {})
+    optimisers = {f"{name}_opt": new_adam(params) for name, params in networks.items()}
+    learner: dict[str, Any] = {**networks, **optimisers, "target": networks[followed].clone()}
+    buffer = ReplayBuffer(args.buffer_size // args.num_envs, args.num_envs, envs.obs_dim, envs.action_dim, device)
+    run = Run(args, "sac", envs, lambda: make_envs(args.env, args.eval_episodes, threads=args.env_threads))
+    if state := run.restore():
+        learner = tree_map(lambda x: x.to(device), state["learner"])
+        buffer.restore(state["buffer"])
+        buffer.cut()
+        restore_generator(generator, state["generator"], args.seed + run.step)
+    obs = envs.reset(args.seed + run.step)  # a resumed run begins new episodes
+    held, step = 0, run.step
+
+    while step + args.num_envs <= args.total_steps:
+        episodes: list[tuple[float, int]] = []
+        metrics: dict[str, Tensor] = {}
+        updates = 0
+        while step < run.step + args.report_every and step + args.num_envs <= args.total_steps:
+            if step < args.random_steps:
+                if held % args.random_hold == 0:
+                    action = 2 * torch.rand(args.num_envs, envs.action_dim, generator=generator, device=device) - 1
+                held += 1
+            else:
+                noise = torch.randn(args.num_envs, envs.action_dim, generator=generator, device=device)
+                action = act(learner["actor"], torch.as_tensor(obs, device=device), noise)
+            result = envs.step(action.cpu().numpy())
+            buffer.add(obs, action, result)
+            obs, step = result.obs, step + args.num_envs
+            episodes += result.episodes
+            if step <= args.random_steps:
+                continue
+            due = int(args.updates_per_step * step) - int(args.updates_per_step * (step - args.num_envs))
+            for batch, noise in buffer.batches(due, args.batch_size, generator):
+                learner, info = update(learner, batch, noise)
+                metrics = {name: value + metrics.get(name, 0) for name, value in info.items()}
+                updates += 1
+        run.report(step, snapshot(), {name: value / updates for name, value in metrics.items()}, episodes, policy)
+    return run.finish(snapshot(), policy, {"params": learner["actor"]})
+
+
+if __name__ == "__main__":
+    main(Args, train, lambda env: SETTINGS.get(env, {}))
