@@ -1,0 +1,158 @@
+"""scripts/estimators.py: its statistics on numbers that are known, its forms against plain loops, a tiny run of the whole."""
+
+import csv
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import estimators  # noqa: E402
+
+from zoo import ppo  # noqa: E402
+
+
+def episode(length, truncated, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    obs, reward, value = torch.randn(length, 4, generator=g), torch.randn(length, generator=g), torch.randn(length, generator=g)
+    return estimators.Episode(obs, torch.zeros(length), reward, obs[0], truncated, value, torch.tensor(1.5))
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+def test_n_step_of_every_row(truncated):
+    e, gamma = episode(7, truncated), 0.9
+    values = [*e.value.tolist(), 1.5 if truncated else 0.0]
+    for n in (1, 3, 20):
+        found = estimators.every_n_step(e.columns(), n, gamma)
+        for t in range(7):
+            end = min(t + n, 7)
+            plain = sum(gamma ** (k - t) * e.reward[k].item() for k in range(t, end)) + gamma ** (end - t) * values[end]
+            assert found[t].item() == pytest.approx(plain - values[t], abs=1e-5)
+    assert torch.allclose(found, estimators.to_go(e, gamma) - e.value, atol=1e-5)
+
+
+def test_off_policy_forms():
+    """The products written out; all forms are one where the policies are."""
+    e, gamma = episode(5, True), 0.9
+    w = torch.tensor([0.7, 1.2, 0.9, 1.5, 0.6], dtype=torch.float64)
+    found = estimators.weighted(e, w, gamma)
+    rewards = [*e.reward.tolist(), 1.5]  # the last one is the value beyond the time limit
+    for t in range(5):
+        past = math.prod(w[: t + 1].tolist())
+        causal = sum(gamma ** (k - t) * rewards[k] * math.prod(w[t + 1 : k + 1].tolist()) for k in range(t, 6))
+        plain = sum(gamma ** (k - t) * rewards[k] for k in range(t, 6))
+        v = e.value[t].item()
+        assert found["causal products (S4 A.3)"][t].item() == pytest.approx(past * (causal - v), rel=1e-4)
+        assert found["w_t twice (S4 2.10)"][t].item() == pytest.approx(past * w[t].item() * (causal - v), rel=1e-4)
+        assert found["past products (S4 2.11)"][t].item() == pytest.approx(past * (plain - v), rel=1e-4)
+        assert found["one ratio (S4 2.13)"][t].item() == pytest.approx(w[t].item() * (plain - v), rel=1e-4)
+        clipped_away = w[t] > 1.2 if plain > v else w[t] < 0.8
+        assert found["one ratio, clipped"][t].item() == pytest.approx(
+            0 if clipped_away else w[t].item() * (plain - v), rel=1e-4
+        )
+    same = estimators.weighted(e, torch.ones(5, dtype=torch.float64), gamma)
+    assert all(torch.allclose(psi.float(), same["no ratio"].float(), atol=1e-5) for psi in same.values())
+
+
+def test_measures_of_known_numbers():
+    """Episodes drawn around a known mean: the variance, a bias put in, none found where there is none; within 5 errors."""
+    g, mean = torch.Generator().manual_seed(0), torch.zeros(50)
+    mean[0] = 2.0
+    true = mean + torch.randn(400, 50, generator=g)
+    shifted = true + 0.5 * torch.randn(400, 50, generator=g)
+    shifted[:, 1] += 1.0
+    found = {quantity: (value, error) for quantity, value, error in estimators.measures(shifted, true, mean, 4.0)}
+    for quantity, right in (("variance", 50 * 1.25 / 4), ("bias", 0.5)):
+        value, error = found[quantity]
+        assert abs(value - right) < 5 * error and error < 0.1 * right
+    assert found["cosine"][0] == pytest.approx(2 / (5 + 50 * 1.25 / estimators.BATCH) ** 0.5, rel=0.1)
+    _, bias, _ = estimators.measures(true, true, mean, 4.0)
+    assert bias[1:] == (0.0, 0.0)
+    assert estimators.squared_norm(true) == pytest.approx(4.0, rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("estimators")
+    argv = ["--env", "CartPole-v1", "--stages", "512", "1024", "--budget", "300", "--no-compile"]
+    return folder, [*argv, "--runs", str(folder / "runs"), "--results", str(folder / "results")]
+
+
+def call(monkeypatch, argv):
+    monkeypatch.setattr(sys, "argv", ["estimators.py", *map(str, argv)])
+    return estimators.main()
+
+
+def test_the_whole_script(tiny, monkeypatch, capsys):
+    folder, argv = tiny
+    monkeypatch.setattr(estimators, "DISTANCES", (1e-3, 1e-1))
+    assert call(monkeypatch, argv) == 0
+    tables = {}
+    for name in estimators.FIGURES:
+        with open(folder / "results" / f"{name}.csv", newline="") as file:
+            tables[name] = list(csv.DictReader(file))
+        assert {row["stage"] for row in tables[name]} == {"512", "1024"}
+        assert all(math.isfinite(float(row["value"])) and float(row["error"]) >= 0 for row in tables[name])
+        assert (folder / "results" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    for stage in ("512", "1024"):  # what two tables share, and what must agree exactly
+        here = {
+            (r["question"], r["estimator"], float(r["x"]), r["quantity"]): r
+            for t in tables.values()
+            for r in t
+            if r["stage"] == stage
+        }
+        same = [("gae", "GAE", 1.0), ("n_step", "n-step", math.inf), ("psi", "to-go - V", 2.0), ("baselines", "V", 3.0)]
+        assert len({round(float(here[*key, "variance"]["value"]), 3) for key in same}) == 1
+        same = [("gae", "GAE", 0.0), ("n_step", "n-step", 1.0), ("psi", "TD, agent's V", 4.0)]
+        assert len({round(float(here[*key, "variance"]["value"]), 3) for key in same}) == 1
+    # a second call neither trains nor measures
+    monkeypatch.setattr(ppo, "train", None)
+    monkeypatch.setattr(estimators, "Agent", None)
+    monkeypatch.setattr(estimators, "FIGURES", {"gae": estimators.FIGURES["gae"]})  # drawing takes its time
+    (folder / "results" / "gae.png").unlink()
+    assert call(monkeypatch, argv) == 0 and (folder / "results" / "gae.png").exists()
+    (folder / "results" / "gae.png").unlink()
+    assert call(monkeypatch, ["--plots", "--results", folder / "results"]) == 0 and (folder / "results" / "gae.png").exists()
+
+
+def test_scores_are_the_gradients_of_log_pi(tiny):
+    folder, _ = tiny
+    args = SimpleNamespace(seed=1, compile=False)
+    path = estimators.train("CartPole-v1", [512, 1024], folder / "runs" / "CartPole-v1_1_1024", args)[1]
+    agent = estimators.Agent(path)
+    assert agent.step == 1024 and agent.env == "CartPole-v1"
+    episodes = estimators.play(agent, agent.theta, 100, 100, 3)
+    assert len(episodes) >= 20 and all(len(e.reward) == len(e.value) for e in episodes)
+    e = episodes[0]
+    summed = torch.func.grad(lambda x: agent.policy(x, e.obs).log_prob(e.action).sum())(agent.theta)
+    assert torch.allclose(agent.scores(agent.theta, e.obs, e.action).sum(0), summed, atol=1e-4)
+    assert estimators.ratios(agent, agent.theta, e).sub(1).abs().max() < 1e-6
+    moved = estimators.moved(agent, summed, 0.01, e.obs)
+    kl = estimators.trpo.kl(*(estimators.as_trpo(agent.policy(x, e.obs)) for x in (agent.theta, moved))).mean()
+    assert kl.item() == pytest.approx(0.01, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--budget", 0], ["--budget must be at least 1", "0"]),
+        (["--seed", -1], ["--seed", "-1"]),
+        (["--env", "CartPoole-v1"], ["--env CartPoole-v1", "CartPole-v1"]),
+        (["--stages", 0], ["--stages", "at least 1"]),
+        (["--checkpoints", "nope.pt"], ["--checkpoints nope.pt", "no such file"]),
+        (["--checkpoints", "nope.pt", "--stages", 5], ["--stages", "--checkpoints"]),
+        (["--checkpoints", __file__], ["not a checkpoint"]),
+        (["--plots"], ["--results", "psi.csv"]),
+    ],
+    ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) and str(x[0]).startswith("--") else "",
+)
+def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, argv, words):
+    assert call(monkeypatch, [*argv, "--results", tmp_path, "--runs", tmp_path / "runs"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words), error
+    assert not (tmp_path / "runs").exists()
