@@ -357,7 +357,7 @@ def train(args: Args) -> float:
 
     def descend(learner, name, gradient, learning_rate):
         """A step of Adam on learner[name]."""
-        params, opt = adam(learner[name], gradient, learner[f"{name}_opt"], learning_rate, eps=1e-8, hoist=True)
+        params, opt = adam(learner[name], gradient, learner[f"{name}_opt"], learning_rate, eps=1e-8)
         return learner | {name: params, f"{name}_opt": opt}
 
     def update(learner, batch, noise):

@@ -11,25 +11,22 @@ Moments = dict[str, Tensor]
 
 
 def new_adam(params: Tensor) -> Moments:
-    """Adam's state at the start: moments m and v (P,), step t ()."""
-    return {"m": torch.zeros_like(params), "v": torch.zeros_like(params), "t": torch.zeros((), device=params.device)}
+    """Adam's state at the start: moments m and v (P,), step t () and the decays' powers 0.9^t and 0.999^t ()."""
+    one = torch.ones((), device=params.device)
+    return {"m": torch.zeros_like(params), "v": torch.zeros_like(params), "t": 0 * one, "decay_m": one, "decay_v": one.clone()}
 
 
-def adam(
-    params: Tensor, grad: Tensor, opt: Moments, learning_rate: Tensor, eps: float = 1e-5, hoist: bool = False
-) -> tuple[Tensor, Moments]:
+def adam(params: Tensor, grad: Tensor, opt: Moments, learning_rate: Tensor, eps: float = 1e-5) -> tuple[Tensor, Moments]:
     """One step of Adam (Kingma & Ba 2015, arXiv:1412.6980, algorithm 1): the new parameters (P,) and state.
 
-    eps is the 1e-5 of the policy-gradient codes since OpenAI's baselines, not the paper's 1e-8. hoist takes the bias
-    corrections out of the loop over P, in which Inductor raises 0.9 and 0.999 to t once for every 8 parameters.
+    eps is the 1e-5 of the policy-gradient codes since OpenAI's baselines, not the paper's 1e-8. The powers are running
+    products, because compiled code would raise 0.9 and 0.999 to t once for every 8 parameters.
     """
-    t = opt["t"] + 1
     m = 0.9 * opt["m"] + 0.1 * grad
     v = 0.999 * opt["v"] + 0.001 * grad**2
-    # a reduction, of equal numbers here, is never fused into the loop that reads it; 16 are too many to be unrolled
-    decay_m, decay_v = ((beta ** t.expand(16)).amax() if hoist else beta**t for beta in (0.9, 0.999))
+    decay_m, decay_v = 0.9 * opt["decay_m"], 0.999 * opt["decay_v"]
     step = (m / (1 - decay_m)) / ((v / (1 - decay_v)).sqrt() + eps)
-    return params - learning_rate * step, {"m": m, "v": v, "t": t}
+    return params - learning_rate * step, {"m": m, "v": v, "t": opt["t"] + 1, "decay_m": decay_m, "decay_v": decay_v}
 
 
 def new_rmsprop(params: Tensor) -> Moments:
