@@ -237,8 +237,11 @@ def fisher_product(params: Tensor, obs: Tensor, vector: Tensor, forward: Callabl
     def policy(theta):
         return forward(theta, obs)[0]
 
-    dist, tangent = jvp(policy, (params,), (vector,))
-    metric = jvp(grad(lambda new: kl(dist, new).mean()), (dist,), (tangent,))[1]  # M J v
+    def mean_kl(new):
+        return kl(dist, new).mean()
+
+    dist, tangent, *_ = jvp(policy, (params,), (vector,))
+    metric = jvp(grad(mean_kl), (dist,), (tangent,))[1]  # M J v
     return vjp(policy, params)[1](metric)[0]
 
 
