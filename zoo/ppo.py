@@ -14,7 +14,7 @@ minibatch steps on a surrogate that is only trusted near pi_old. With r_t = pi(a
 
 Advantages are recomputed with the improving critic before each epoch (Andrychowicz et al. 2021, arXiv:2006.05990).
 
-    python zoo/ppo.py --env HalfCheetah-v4            1M steps in under two minutes
+    python zoo/ppo.py --env HalfCheetah-v4
     python zoo/ppo.py --env CartPole-v1 --seed 2
 """
 

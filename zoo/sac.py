@@ -17,7 +17,7 @@ of its own, with J_V = E[ 1/2 (V(s_t) - (Q(s_t, a) - alpha log pi(a|s_t)))^2 ], 
 belongs before every log pi; papers that leave it out scale the rewards by 1/alpha instead.
 
     python zoo/sac.py --env HalfCheetah-v4 --threads 2
-    python zoo/sac.py --env Pendulum-v1                          20k steps, half a minute
+    python zoo/sac.py --env Pendulum-v1
     python zoo/sac.py --env Hopper-v4 --value-network --alpha 0.2
 """
 
