@@ -36,8 +36,9 @@ from torch.utils._pytree import tree_map
 
 from zoo.common.cli import RunArgs, check_args, main, require
 from zoo.common.device import compile_function, flatten, restore_generator, setup
-from zoo.common.envs import Step, VectorEnv, make_envs
+from zoo.common.envs import VectorEnv, make_envs
 from zoo.common.optim import adam, new_adam
+from zoo.common.replay import ReplayBuffer, Replayed
 from zoo.common.run import Policy, Run
 
 
@@ -177,115 +178,16 @@ def alpha_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Te
     return -(log_alpha.exp() * (log_prob + target_entropy)).mean()
 
 
-# --- the replay buffer ----------------------------------------------------------------------------------------------------
-
-
-class Replayed(NamedTuple):
-    """Transitions drawn from the buffer, (B, ...) each; next_obs is the true successor."""
-
-    obs: Tensor
-    action: Tensor
-    reward: Tensor
-    next_obs: Tensor
-    terminated: Tensor
-
-
-RING = ("obs", "action", "reward", "terminated", "ending")  # the ring's columns
-
-
-class ReplayBuffer:
-    """The last `slots` steps of N environments, in a ring of rows.
-
-    The successor of row t is the observation of row t + 1: stored once. Where an episode ended it is not, and the true one is
-    kept in a second, growing ring; `ending` (slots + 1, N) holds its running number there, -1 elsewhere. One row more than
-    slots, because the newest step already has its successor in the row that comes next.
-    """
-
-    def __init__(self, slots: int, num_envs: int, obs_dim: int, action_dim: int, device: torch.device):
-        self.obs = torch.zeros(slots + 1, num_envs, obs_dim, device=device)  # zeros take no memory until written to
-        self.action = torch.zeros(slots + 1, num_envs, action_dim, device=device)
-        self.reward = torch.zeros(slots + 1, num_envs, device=device)
-        self.terminated = torch.zeros(slots + 1, num_envs, dtype=torch.bool, device=device)
-        self.ending = torch.zeros(slots + 1, num_envs, dtype=torch.int32, device=device)
-        self.final_obs = torch.zeros(num_envs, obs_dim, device=device)
-        self.head = self.size = 0  # the row to be written next; rows filled
-        self.endings = [0, 0]  # numbers of the oldest ending that is kept and of the next one
-
-    def add(self, obs: np.ndarray, action: Tensor, step: Step) -> None:
-        """Store a step of all environments: what was acted on, the action, and what came of it."""
-        row, rows = self.head, len(self.obs)
-        if self.size == rows - 1:  # the oldest row's observation makes room for the newest successor
-            self.size -= 1
-            self.endings[0] += int((self.ending[(row + 1) % rows] >= 0).sum())
-        self.obs[row] = torch.as_tensor(obs)
-        self.action[row] = action
-        self.reward[row] = torch.as_tensor(step.reward)
-        self.terminated[row] = torch.as_tensor(step.terminated)
-        self.ending[row] = -1
-        self.head, self.size = (row + 1) % rows, self.size + 1
-        self.obs[self.head] = torch.as_tensor(step.next_obs)
-        if step.episodes:
-            self._end(torch.as_tensor(step.terminated | step.truncated))
-
-    def cut(self) -> None:
-        """Let the newest step be its episode's last one, because all environments start anew (a run was resumed)."""
-        if self.size:
-            self._end(self.ending[self.head - 1].cpu() < 0)
-
-    def _end(self, ended: Tensor) -> None:
-        """Keep the successors of the newest step apart, those of the environments of a mask (N,)."""
-        oldest, first = self.endings
-        new = torch.arange(first, first + int(ended.sum()))
-        if first + len(new) - oldest > len(self.final_obs):
-            kept, old = torch.arange(oldest, first), self.final_obs
-            self.final_obs = torch.zeros(2 * len(old), old.shape[1], device=old.device)
-            self.final_obs[kept % len(self.final_obs)] = old[kept % len(old)]
-        self.final_obs[new % len(self.final_obs)] = self.obs[self.head, ended]
-        self.ending[self.head - 1, ended] = new.to(self.ending)
-        self.endings[1] += len(new)
-
-    def sample(self, count: int, generator: torch.Generator) -> Replayed:
-        """`count` stored transitions, uniformly with replacement."""
-        rows, num_envs = self.reward.shape
-        drawn = torch.randint(self.size * num_envs, (count,), generator=generator, device=self.obs.device)
-        here = (drawn + (self.head - self.size) * num_envs) % (rows * num_envs)
-        obs, action, reward, terminated, ending = (getattr(self, name).flatten(0, 1) for name in RING)
-        number = ending[here]
-        final, successor = self.final_obs[number % len(self.final_obs)], obs[(here + num_envs) % len(obs)]
-        next_obs = torch.where((number >= 0).unsqueeze(-1), final, successor)
-        return Replayed(obs[here], action[here], reward[here], next_obs, terminated[here])
-
-    def batches(self, count: int, size: int, generator: torch.Generator) -> Iterator[tuple[Replayed, Tensor]]:
-        """`count` batches of `size` transitions, gathered at once, each with noise (2, B, A) for two actions a state."""
-        if count:
-            noise = torch.randn(count, 2, size, self.action.shape[-1], generator=generator, device=self.obs.device)
-            columns = (column.split(size) for column in self.sample(count * size, generator))
-            for *batch, each in zip(*columns, noise, strict=True):
-                yield Replayed(*batch), each
-
-    def state(self) -> dict:
-        """Everything in it, for a checkpoint: the rows written so far, without copying."""
-        rows = len(self.obs)
-        used = self.size + 1 if self.head == self.size else rows
-        arrays = {name: getattr(self, name)[:used] for name in RING}
-        numbers = {"rows": rows, "head": self.head, "size": self.size, "endings": list(self.endings)}
-        return arrays | {"final_obs": self.final_obs} | numbers
-
-    def restore(self, state: dict) -> None:
-        """Take over what `state` gave. Raises UsageError where the buffer has another size."""
-        ours, theirs = tuple(self.reward.shape), (state["rows"], state["reward"].shape[1])
-        require(
-            ours == theirs,
-            f"--buffer-size, --num-envs: {ours[0] - 1} steps of {ours[1]} environments do not fit the checkpoint's replay "
-            f"buffer of {theirs[0] - 1} steps of {theirs[1]}; resume without these arguments",
-        )
-        for name in RING:
-            getattr(self, name)[: len(state[name])] = state[name]
-        self.final_obs = state["final_obs"].to(self.obs.device)
-        self.head, self.size, self.endings = state["head"], state["size"], list(state["endings"])
-
-
 # --- the run --------------------------------------------------------------------------------------------------------------
+
+
+def batches(buffer: ReplayBuffer, count: int, size: int, generator: torch.Generator) -> Iterator[tuple[Replayed, Tensor]]:
+    """`count` batches of `size` transitions, gathered at once, each with noise (2, B, A) for two actions a state."""
+    if count:
+        noise = torch.randn(count, 2, size, buffer.action.shape[-1], generator=generator, device=generator.device)
+        columns = (column.split(size) for column in buffer.sample(count * size, generator))
+        for *batch, each in zip(*columns, noise, strict=True):
+            yield Replayed(*batch), each
 
 
 def make_policy(envs: VectorEnv, args: Args, acting: dict) -> Policy:
@@ -437,7 +339,7 @@ def train(args: Args) -> float:
             if step <= args.random_steps:
                 continue
             due = int(args.updates_per_step * step) - int(args.updates_per_step * (step - args.num_envs))
-            for batch, noise in buffer.batches(due, args.batch_size, generator):
+            for batch, noise in batches(buffer, due, args.batch_size, generator):
                 learner, info = update(learner, batch, noise)
                 metrics = {name: value + metrics.get(name, 0) for name, value in info.items()}
                 updates += 1
