@@ -624,6 +624,16 @@ def test_a_checkpoint_that_cannot_be_resumed(finished, command_line, name):
 
 
 @pytest.mark.parametrize(
+    ("argv", "flag"), [(["--hidden", 32], "--hidden (32,)"), (["--shared-network"], "--shared-network True")]
+)
+def test_a_resumed_run_keeps_its_networks(finished, command_line, argv, flag):
+    before = {path: path.read_bytes() for path in sorted(finished.iterdir())}
+    status, lines = command_line("--resume", finished, "--total-steps", 512, *argv)
+    assert status == 2 and len(lines) == 1 and lines[0].startswith(f"error: {flag}: the run in {finished}"), lines
+    assert before == {path: path.read_bytes() for path in sorted(finished.iterdir())}
+
+
+@pytest.mark.parametrize(
     ("fault", "what"),
     [("obs", "returned a non-finite observation"), ("reward", "returned a non-finite reward"), ("raise", "raised ZeroDiv")],
 )

@@ -314,6 +314,7 @@ def train(args: Args) -> float:
     run = Run(args, "sac", envs, lambda: make_envs(args.env, args.eval_episodes, threads=args.env_threads))
     if state := run.restore():
         learner = tree_map(lambda x: x.to(device), state["learner"])
+        learner["log_alpha"] = learner["log_alpha"] if args.alpha is None else log_alpha
         buffer.restore(state["buffer"])
         buffer.cut()
         restore_generator(generator, state["generator"], args.seed + run.step)
