@@ -69,7 +69,7 @@ class Args(RunArgs):
 
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
 SETTINGS: dict[str, dict] = {
-    "CartPole-v1": dict(total_steps=200_000, learning_rate=5e-3, eval_every=20_000),
+    "CartPole-v1": dict(total_steps=200_000, num_envs=8, learning_rate=5e-3, eval_every=20_000),
     "HalfCheetah-v4": dict(total_steps=3_000_000),
 }  # fmt: skip
 
