@@ -555,7 +555,7 @@ def test_steps_are_those_of_the_episodes(tmp_path):
 
 def test_cartpole_is_learnt(tmp_path, monkeypatch, capsys):
     """The task's own settings, from the command line."""
-    run = ["reinforce.py", "--env", "CartPole-v1", "--total-steps", "60000", "--no-compile", "--run-dir", str(tmp_path)]
+    run = ["reinforce.py", "--env", "CartPole-v1", "--total-steps", "100000", "--no-compile", "--run-dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", run)
     main(Args, reinforce.train, lambda env: reinforce.SETTINGS.get(env, {}))
     mean = float(re.fullmatch(r"final evaluation: (\S+) ± \S+ over 10 episodes\n", capsys.readouterr().out)[1])
