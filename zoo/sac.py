@@ -71,7 +71,7 @@ SETTINGS: dict[str, dict] = {
     ),
     "MountainCarContinuous-v0": dict(
         total_steps=50_000, random_steps=5_000, random_hold=50, gamma=0.9999, alpha=0.1, batch_size=512, tau=0.01,
-        hidden=(64, 64), eval_every=10_000,
+        hidden=(64, 64), eval_every=10_000, eval_episodes=100,
     ),
 }  # fmt: skip
 
