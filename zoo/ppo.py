@@ -70,7 +70,7 @@ SETTINGS: dict[str, dict] = {
         gae_lambda=0.8, normalize_advantages=True, normalize_obs=False, eval_every=20_000,
     ),
     "Acrobot-v1": dict(
-        num_envs=16, num_steps=256, num_epochs=4, gae_lambda=0.94, normalize_advantages=True, eval_episodes=100,
+        num_envs=16, num_steps=256, gae_lambda=0.94, normalize_advantages=True, eval_episodes=100,
     ),
     "MountainCar-v0": dict(
         num_envs=16, num_steps=64, num_epochs=4, gae_lambda=0.98, normalize_advantages=True, eval_episodes=100,
