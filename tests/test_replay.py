@@ -93,7 +93,7 @@ def test_sampling_is_uniform():
     assert len(counts) == 10 and (counts - 2000).abs().max() < 5 * 2000**0.5
 
 
-def test_a_million_transitions_of_halfcheetah_fit_into_170_mb():
+def test_a_million_transitions_of_halfcheetah_fit_into_110_mb():
     buffer = ReplayBuffer(250_000, 4, 17, 6, CPU)
     arrays = [x for x in vars(buffer).values() if isinstance(x, torch.Tensor)]
     assert sum(x.nbytes for x in arrays) + 4000 * 17 * 4 <= 110e6  # the endings of 1000 steps each included

@@ -430,9 +430,16 @@ def test_a_stopped_run_resumed_goes_on(tmp_path, monkeypatch, spy):
     sac.train(replace(whole, run_dir=None, resume=whole.run_dir))
     resumed = spy["update"][stopped][0][0]
     torch.testing.assert_close(resumed, last, rtol=0, atol=0)
+    generator = torch.Generator()
+    generator.set_state(saved["state"]["generator"])
+    assert torch.equal(spy["act"][-50][0][2], torch.randn(4, 1, generator=generator))
     size, endings, newest, finals = seen[0]
     assert (size, endings) == (50, 4) and torch.equal(newest, finals)
     assert [int(row["step"]) for row in rows(tmp_path / "run")] == [100, 200, 300, 400]
+    # a temperature given at resume holds
+    stopped = len(spy["update"])
+    sac.train(replace(whole, run_dir=None, resume=whole.run_dir, total_steps=500, alpha=0.3))
+    assert spy["update"][stopped][0][0]["log_alpha"].exp().item() == pytest.approx(0.3)
 
 
 @pytest.fixture
@@ -455,6 +462,16 @@ def command_line(monkeypatch, capsys):
         signal.signal(number, handler)
 
 
+@pytest.mark.parametrize("argv", [("--num-envs", 2), ("--buffer-size", 500), ("--value-network",)])
+def test_a_resumed_run_keeps_its_networks_and_buffer(tmp_path, command_line, argv):
+    folder = tmp_path / "run"
+    sac.train(small(folder, "probe/ActBox-v0", eval_episodes=1, total_steps=100))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    status, _, lines = command_line("--resume", folder, "--total-steps", 200, *argv)
+    assert status == 2 and len(lines) == 1 and lines[0].startswith(f"error: {argv[0]} ") and str(folder) in lines[0], lines
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_pendulum_is_learnt(tmp_path, command_line):
     """The task's own settings, from the command line."""
     status, out, _ = command_line("--env", "Pendulum-v1", "--run-dir", tmp_path, "--eval-every", 0)
@@ -473,15 +490,22 @@ def test_pendulum_is_learnt(tmp_path, command_line):
         (["--random-steps", -1], ["--random-steps", "at least 0", "-1"]),
         (["--buffer-size", 3, "--num-envs", 4], ["--buffer-size 3", "--num-envs 4"]),
         (["--total-steps", 3, "--num-envs", 4], ["--total-steps 3", "--num-envs 4"]),
+        (["--total-steps", 40, "--random-steps", 40], ["--random-steps 40", "--total-steps 40"]),
+        (["--target-entropy", "nan"], ["--target-entropy", "finite", "nan"]),
+        (["--buffer-size", 10**14], ["--buffer-size", "memory"]),
+        (["--buffer-size", 10**21], ["--buffer-size", "memory"]),
+        (["--bf16"], ["--bf16", "neither AMX nor AVX512-BF16"]),
         (["--alpha", 0], ["--alpha", "greater than 0", "0"]),
         (["--updates-per-step", 0], ["--updates-per-step", "greater than 0", "0"]),
         (["--tau", 1.5], ["--tau", "[0, 1]", "1.5"]),
         (["--gamma", -0.1], ["--gamma", "[0, 1]", "-0.1"]),
     ],
 )
-def test_arguments_that_cannot_work(tmp_path, command_line, argv, words):
+def test_arguments_that_cannot_work(tmp_path, command_line, monkeypatch, argv, words):
+    for feature in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{feature}_supported", lambda: False)
     given = argv if "--env" in argv else ["--env", "probe/ActBox-v0", *argv]
-    short = ["--total-steps", 40, "--eval-episodes", 1, "--no-compile"]
+    short = ["--total-steps", 40, "--random-steps", 0, "--eval-episodes", 1, "--no-compile"]
     status, _, lines = command_line(*short, "--run-dir", tmp_path / "run", *given)
     assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     assert all(word in lines[0] for word in words), lines[0]

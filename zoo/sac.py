@@ -58,8 +58,8 @@ class Args(RunArgs):
     target_entropy: float | None = None  # of a tuned temperature (default: minus the number of action dimensions)
     value_network: bool = False  # the 2018 form, with a separate V and its target
     hidden: tuple[int, ...] = (256, 256)  # widths of the ReLU layers
-    bf16: bool = False  # bfloat16 matrix products, where the hardware has them (AMX, CUDA)
-    eval_every: int = 50_000  # environment steps between evaluations; 0: at the end only
+    bf16: bool = False  # float32 matrix products in bfloat16 on a CPU with AMX or AVX512-BF16, in TF32 on CUDA
+    eval_every: int = 50_000  # environment steps between evaluations, made with the next report; 0: at the end only
     report_every: int = 500  # environment steps between reports (rounded up to whole iterations)
 
 
@@ -99,7 +99,7 @@ class SquashedGaussian(NamedTuple):
         return u.tanh(), (gaussian - squash).sum(-1)
 
     def mode(self) -> Tensor:
-        return self.mean.tanh()  # of the Gaussian, squashed
+        return self.mean.tanh()
 
 
 def mlp(widths: tuple[int, ...]) -> nn.Sequential:
@@ -216,10 +216,16 @@ def check(args: Args) -> None:
         f"--buffer-size {args.buffer_size} is less than one step of the environments (--num-envs {args.num_envs})",
     )
     require(args.total_steps >= args.num_envs, f"--total-steps {args.total_steps} is less than --num-envs {args.num_envs}")
+    require(
+        args.random_steps < args.total_steps,
+        f"--random-steps {args.random_steps} leaves none of --total-steps {args.total_steps} to learn in",
+    )
+    entropy = args.target_entropy
+    require(entropy is None or math.isfinite(entropy), f"--target-entropy must be finite, not {entropy}")
 
 
 def check_actions(envs: VectorEnv) -> None:
-    """Refuse actions that tanh cannot reach."""
+    """Refuse action spaces other than a bounded Box, which tanh fills."""
     others = "zoo/ppo.py, zoo/trpo.py, zoo/actor_critic.py or zoo/reinforce.py"
     require(not envs.discrete, f"--env {envs.env_id}: actions are discrete, and SAC acts in a bounded Box; use {others}")
     bounded = bool(envs.bounded.all())
@@ -318,6 +324,7 @@ def train(args: Args) -> float:
         buffer.restore(state["buffer"])
         buffer.cut()
         restore_generator(generator, state["generator"], args.seed + run.step)
+    del state  # with a replay buffer of its own
     obs = envs.reset(args.seed + run.step)  # a resumed run begins new episodes
     held, step = 0, run.step
 

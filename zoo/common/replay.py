@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo.common.cli import require
 from zoo.common.envs import Step
+from zoo.common.errors import UsageError
 
 
 class Replayed(NamedTuple):
@@ -33,15 +33,22 @@ class ReplayBuffer:
     The successor of row t is the observation of row t + 1: stored once. Where an episode ended it is not, and the true one is
     kept in a second, growing ring; `ending` (slots + 1, N) holds its running number there, -1 elsewhere. One row more than
     slots, because the newest step already has its successor in the row that comes next.
+    Raises UsageError where there is no memory for it.
     """
 
     def __init__(self, slots: int, num_envs: int, obs_dim: int, action_dim: int, device: torch.device):
-        self.obs = torch.zeros(slots + 1, num_envs, obs_dim, device=device)  # zeros take no memory until written to
-        self.action = torch.zeros(slots + 1, num_envs, action_dim, device=device)
-        self.reward = torch.zeros(slots + 1, num_envs, device=device)
-        self.terminated = torch.zeros(slots + 1, num_envs, dtype=torch.bool, device=device)
-        self.ending = torch.zeros(slots + 1, num_envs, dtype=torch.int32, device=device)
-        self.final_obs = torch.zeros(num_envs, obs_dim, device=device)
+        def zeros(*shape: int, dtype: type = np.float32) -> Tensor:
+            return torch.from_numpy(np.zeros(shape, dtype)).to(device)  # NumPy's take no memory until written to, torch's do
+
+        try:
+            self.obs = zeros(slots + 1, num_envs, obs_dim)
+            self.action = zeros(slots + 1, num_envs, action_dim)
+            self.reward = zeros(slots + 1, num_envs)
+            self.terminated = zeros(slots + 1, num_envs, dtype=np.bool_)
+            self.ending = zeros(slots + 1, num_envs, dtype=np.int32)
+            self.final_obs = zeros(num_envs, obs_dim)
+        except (MemoryError, ValueError, RuntimeError) as error:  # NumPy's, NumPy's of more than an address, CUDA's
+            raise UsageError(f"--buffer-size: {slots * num_envs} transitions do not fit into {device}'s memory") from error
         self.head = self.size = 0  # the row to be written next; rows filled
         self.endings = [0, 0]  # numbers of the oldest ending that is kept and of the next one
 
@@ -100,11 +107,11 @@ class ReplayBuffer:
     def restore(self, state: dict) -> None:
         """Take over what `state` gave. Raises UsageError where the buffer has another size."""
         ours, theirs = tuple(self.reward.shape), (state["rows"], state["reward"].shape[1])
-        require(
-            ours == theirs,
-            f"--buffer-size, --num-envs: {ours[0] - 1} steps of {ours[1]} environments do not fit the checkpoint's replay "
-            f"buffer of {theirs[0] - 1} steps of {theirs[1]}; resume without these arguments",
-        )
+        if ours != theirs:
+            raise UsageError(
+                f"--buffer-size, --num-envs: {ours[0] - 1} steps of {ours[1]} environments do not fit the checkpoint's replay "
+                f"buffer of {theirs[0] - 1} steps of {theirs[1]}; resume without these arguments"
+            )
         for name in RING:
             getattr(self, name)[: len(state[name])] = state[name]
         self.final_obs = state["final_obs"].to(self.obs.device)

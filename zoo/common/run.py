@@ -36,8 +36,14 @@ Policy = Callable[[np.ndarray], np.ndarray]  # observations (N, D) to actions (N
 
 COLUMNS = ["step", "wall_time", "sps", "train_return", "train_length", "eval_return", "eval_std"]
 CHARTS = {"learning_rate", "compile_time"}  # CleanRL's dashboards look for these beside the returns, not among the losses
-EVAL_SEED = 1_000_000  # added to the run's seed, so that evaluation episodes begin where no training episode does
-KEPT = ("hidden", "shared_network", "value_network", "optimizer")  # no resumed run can change them: its state would not fit
+EVAL_SEED = 1_000_000  # added to the run's seed, so that evaluation and training do not begin with the same episodes
+KEPT = (
+    "hidden",
+    "shared_network",
+    "value_network",
+    "optimizer",
+    "buffer_size",
+)  # of a resumed run: else its state does not fit
 MAX_EPISODE = 100_000  # steps after which an evaluation episode counts as endless
 
 
@@ -107,8 +113,9 @@ class Run:
         if self._checkpoint.is_file():  # else load_checkpoint says so, and no lock file is left in a foreign folder
             self._open.enter_context(lock_folder(self.folder, "--resume"))
         saved = load_checkpoint(self._checkpoint, "--resume", self.agent, self.args.env)
-        for name in (name for name in KEPT if name in saved["args"]):
-            was, wanted = saved["args"][name], getattr(self.args, name)
+        rows = ("num_envs",) if "buffer_size" in saved["args"] else ()  # a replay buffer's rows are as wide
+        for name in (*KEPT, *rows):
+            was, wanted = saved["args"].get(name), getattr(self.args, name, None)
             if was != wanted:
                 raise UsageError(
                     f"--{name.replace('_', '-')} {wanted}: the run in {self.folder} was made with {was} and keeps it"
