@@ -64,7 +64,8 @@ def draw(folders: list[Path], labels: list[str], title: str, out: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for label, (steps, returns) in zip(labels, curves, strict=True):
         mean, std = returns.mean(0), returns.std(0, ddof=1) if len(returns) > 1 else 0.0
-        (line,) = axes.plot(steps, mean, label=f"{label} ({len(returns)} seed{"s" * (len(returns) > 1)})")
+        count = f"{len(returns)} seed{'s' if len(returns) > 1 else ''}"
+        (line,) = axes.plot(steps, mean, label=f"{label} ({count})")
         axes.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set(title=title, xlabel="environment steps", ylabel="return of deterministic evaluations")
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
