@@ -73,7 +73,7 @@ SETTINGS: dict[str, dict] = {
         num_envs=16, num_steps=256, gae_lambda=0.94, normalize_advantages=True, eval_episodes=100,
     ),
     "MountainCar-v0": dict(
-        num_envs=16, num_steps=64, num_epochs=4, gae_lambda=0.98, normalize_advantages=True, eval_episodes=100,
+        num_envs=16, num_steps=64, gae_lambda=0.98, normalize_advantages=True, eval_episodes=100,
     ),
     "MountainCarContinuous-v0": dict(
         total_steps=20_000, num_envs=8, num_steps=64, learning_rate=1e-3, gamma=0.999, log_std=0.0, eval_every=5_000,
