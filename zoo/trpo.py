@@ -82,7 +82,7 @@ SETTINGS: dict[str, dict] = {
         eval_every=20_000, eval_episodes=100,
     ),
     "Pendulum-v1": dict(
-        total_steps=100_000, num_envs=8, num_steps=256, fvp_subsample=1, critic_epochs=20, minibatch_size=128, gamma=0.9,
+        total_steps=100_000, num_envs=8, num_steps=256, fvp_subsample=1, critic_epochs=20, minibatch_size=128, gamma=0.95,
         log_std=0.0, eval_every=20_000, eval_episodes=100,
     ),
 }  # fmt: skip
