@@ -114,8 +114,8 @@ class Run:
             self._open.enter_context(lock_folder(self.folder, "--resume"))
         saved = load_checkpoint(self._checkpoint, "--resume", self.agent, self.args.env)
         rows = ("num_envs",) if "buffer_size" in saved["args"] else ()  # a replay buffer's rows are as wide
-        for name in (*KEPT, *rows):
-            was, wanted = saved["args"].get(name), getattr(self.args, name, None)
+        for name in saved["args"].keys() & {*KEPT, *rows}:
+            was, wanted = saved["args"][name], getattr(self.args, name)
             if was != wanted:
                 raise UsageError(
                     f"--{name.replace('_', '-')} {wanted}: the run in {self.folder} was made with {was} and keeps it"
