@@ -36,7 +36,7 @@ from zoo.common.run import Run
 
 F64 = torch.float64
 
-# --- advantages by hand, E11 ----------------------------------------------------------------------------------------------
+# --- advantages by hand ---------------------------------------------------------------------------------------------------
 
 # gamma 1/2. One environment sees a termination (row 1), a truncation (row 2) and the rollout's boundary (row 4):
 #   delta_0 = 1 + 4/2 - 2 = 1      delta_1 = 2 - 4 = -2 (terminated: V' = 100 is worth nothing)
@@ -350,6 +350,13 @@ def test_more_epochs_wear_the_batch_out(tmp_path):
         actor_critic.train(args)
         shares.append(np.mean([float(row["effective_sample_size"]) for row in rows(args.run_dir)]))
     assert shares[0] == pytest.approx(1, abs=1e-6) and 1 > shares[1] > shares[2] and shares[2] < 0.99
+
+
+def test_a_batch_of_one_transition(tmp_path):
+    """The textbook's actor-critic learns from every step: a batch without a spread is no fault."""
+    args = small(tmp_path, "probe/Scripted-v0", num_envs=1, num_steps=1, total_steps=12, report_every=1, advantage="td")
+    actor_critic.train(args)
+    assert [int(row["step"]) for row in rows(tmp_path)] == list(range(1, 13))
 
 
 def test_reports_gather_updates_and_no_step_is_lost(tmp_path):

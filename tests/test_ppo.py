@@ -25,7 +25,7 @@ from zoo.common.normalize import normalize
 from zoo.common.run import Run
 from zoo.ppo import Args, Batch, Categorical, Gaussian, adapt_kl_coef, draw_noise, gae, policy_loss, ppo_loss, value_loss
 
-# --- generalised advantage estimation, E11 --------------------------------------------------------------------------------
+# --- generalised advantage estimation -------------------------------------------------------------------------------------
 
 # gamma 1/2. One environment sees a termination (row 1), a truncation (row 2) and the rollout's boundary (row 4):
 #   delta_0 = 1 + 4/2 - 2 = 1      delta_1 = 2 - 4 = -2 (terminated: V' = 100 is worth nothing)
@@ -111,7 +111,7 @@ def test_noise_comes_from_the_generator_alone():
     assert first.shape == (4, 3, 2) and torch.equal(first, again)
 
 
-# --- losses, E10 ----------------------------------------------------------------------------------------------------------
+# --- losses ---------------------------------------------------------------------------------------------------------------
 
 
 def test_clipped_surrogate_is_piecewise_linear():
@@ -566,6 +566,10 @@ def command_line(monkeypatch, capsys):
         (["--clip", -0.2], ["--clip", "-0.2"]),
         (["--learning-rate", -0.001], ["--learning-rate", "-0.001"]),
         (["--learning-rate", "nan"], ["--learning-rate", "nan"]),
+        (["--entropy-coef", "nan"], ["--entropy-coef", "finite", "nan"]),
+        (["--value-coef", "inf"], ["--value-coef", "finite", "inf"]),
+        (["--kl-coef", "nan"], ["--kl-coef", "finite", "nan"]),
+        (["--log-std", "-inf"], ["--log-std", "finite", "-inf"]),
         (["--max-grad-norm", 0], ["--max-grad-norm", "0"]),
         (["--target-kl", -1], ["--target-kl", "-1"]),
         (["--value-clip", -1], ["--value-clip", "-1"]),

@@ -107,7 +107,7 @@ def test_expectation_equals_the_exact_gradient(form, baseline):
 
 
 def test_dropping_the_discount_weight_changes_the_direction():
-    """E19: sum_t grad log pi R_t is not the gradient, nor a multiple of it."""
+    """sum_t grad log pi R_t is not the gradient, nor a multiple of it."""
     expected = sum(c * estimate([i], 0.7, baseline="none") for i, c in enumerate(CHANCES))
     exact = tiny_mdp.exact_gradient(0.7)
     cosine = torch.nn.functional.cosine_similarity(expected, exact, dim=0)
@@ -179,7 +179,7 @@ def test_variances_fall_in_the_order_of_the_theory():
 
 
 def test_v_is_the_best_baseline_where_all_scores_are_equally_long():
-    """One step, a uniform policy: b*(s) = E[|score|^2 Q] / E[|score|^2] is V(s); it is not in general (S3 4.5, E19)."""
+    """One step, a uniform policy: b*(s) = E[|score|^2 Q] / E[|score|^2] is V(s); it is not in general (lecture notes S3 4.5)."""
     found = {}
     for theta in (torch.zeros(4, dtype=F64), tiny_mdp.THETA):
         pi = tiny_mdp.log_policy(theta).exp()

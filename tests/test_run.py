@@ -454,12 +454,12 @@ def test_precedence_of_flag_checkpoint_table_default(tmp_path):
         parse(RunArgs, lambda env: {}, ["--resume", folder])
 
 
-def test_help_lists_the_algorithms_fields_first(capsys):
+def test_help_says_what_the_agent_is_and_lists_its_fields_first(capsys):
     with pytest.raises(SystemExit) as end:
         parse(Args, lambda env: {}, ["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0
-    assert text.index("--clip") < text.index("--seed") < text.index("--resume")
+    assert text.index(__doc__.split("\n\n")[0][:40]) < text.index("--clip") < text.index("--seed") < text.index("--resume")
 
 
 def test_track_without_wandb(tmp_path, monkeypatch):

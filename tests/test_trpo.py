@@ -459,6 +459,10 @@ def test_bad_input_is_told_in_one_line(tmp_path):
         trpo.check(trpo.Args(delta=float("nan")))
     with pytest.raises(UsageError, match=r"^--fvp-subsample 2000 is more than the batch of 1024"):
         trpo.check(trpo.Args(fvp_subsample=2000))
+    with pytest.raises(UsageError, match=r"^--num-envs x --num-steps must be at least 2"):
+        trpo.check(trpo.Args(num_envs=1, num_steps=1, minibatch_size=1, fvp_subsample=1))
+    with pytest.raises(UsageError, match=r"^--log-std must be finite, not nan"):
+        trpo.check(trpo.Args(log_std=float("nan")))
     trpo.check(trpo.Args())
     done = subprocess.run(
         [sys.executable, SCRIPT, "--env", "CartPole-v1", "--delta", "-1", "--run-dir", tmp_path / "run"],

@@ -50,8 +50,8 @@ class Args(RunArgs):
     anneal: bool = True  # let the learning rate fall linearly to 0 over the run
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # GAE's lambda: 0 trusts the critic (one-step TD), 1 the rewards (n-step)
-    value_coef: float = 0.5  # c1
-    entropy_coef: float = 0.0  # c2
+    value_coef: float = 0.5  # weight of the value loss, c1
+    entropy_coef: float = 0.0  # weight of the entropy bonus, c2
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
     shared_network: bool = False  # one trunk for policy and value instead of two
@@ -271,6 +271,7 @@ def check(args: Args) -> None:
         at_least_1=("num_steps", "off_policy_epochs", "report_every", "hidden"),
         fractions=("gamma", "gae_lambda"),
         positive=("learning_rate", "max_grad_norm"),
+        finite=("value_coef", "entropy_coef", "log_std"),
     )
     batch = args.num_envs * args.num_steps
     require(args.total_steps >= batch, f"--total-steps {args.total_steps} is less than one batch of {batch} steps")
@@ -322,7 +323,7 @@ def train(args: Args) -> float:
         )
         grad, grad_norm = clip_grad(grad, args.max_grad_norm)
         params, opt = optimize(params, grad, opt, learning_rate)
-        unexplained = advantage.var() / ((advantage + value).var() + 1e-8)
+        unexplained = advantage.var(correction=0) / ((advantage + value).var(correction=0) + 1e-8)
         return params, opt, metrics | {"grad_norm": grad_norm, "explained_variance": 1 - unexplained}
 
     def policy(obs):  # at the present parameters, without noise, for evaluations

@@ -25,6 +25,7 @@ gradient of the sequence's KL only if the log-ratio of k2 is summed over the seq
 is charged with the k1 of all the decisions that follow it, as with any reward.
 
 No agent imports this module, because an agent's file is complete in itself; tests hold the agents' own copies to it.
+S0 and S4 are the lecture notes of zoo/THEORY.md.
 """
 
 import torch

@@ -53,8 +53,8 @@ class Args(RunArgs):
     kl_coef: float = 1.0  # beta of the kl surrogates (where adaptive-kl starts)
     target_kl: float | None = None  # ends an update's epochs when the KL exceeds it; adaptive-kl's target (0.01 if not given)
     value_clip: float | None = None  # keep V within this of its old value in the loss
-    value_coef: float = 0.25  # c1
-    entropy_coef: float = 0.0  # c2
+    value_coef: float = 0.25  # weight of the value loss, c1
+    entropy_coef: float = 0.0  # weight of the entropy bonus, c2
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
     shared_network: bool = False  # one trunk for policy and value instead of two
@@ -288,6 +288,7 @@ def check(args: Args) -> None:
         at_least_1=("num_steps", "num_epochs", "minibatch_size", "hidden"),
         fractions=("gamma", "gae_lambda"),
         positive=("learning_rate", "clip", "max_grad_norm", "target_kl", "value_clip"),
+        finite=("kl_coef", "value_coef", "entropy_coef", "log_std"),
     )
     batch = args.num_envs * args.num_steps
     require(batch > 1, "--num-envs x --num-steps must be at least 2, for a batch to have a variance")

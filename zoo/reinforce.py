@@ -291,6 +291,7 @@ def check(args: Args) -> None:
         at_least_1=("minibatch_size", "value_epochs", "hidden"),
         fractions=("gamma",),
         positive=("learning_rate", "value_learning_rate"),
+        finite=("log_std",),
     )
     require(
         args.baseline not in ("mean", "optimal") or args.num_envs > 1,
@@ -367,7 +368,7 @@ def train(args: Args) -> float:
             return_stats = update_stats(return_stats, return_[alive])
             scale = (return_stats["var"] + 1e-8).sqrt().float()
         gradient, advantage = policy_gradient(partial(score_sum, params), seen, return_ / scale, value / scale, args)
-        metrics = {"entropy": entropy, "grad_norm": gradient.norm(), "advantage_std": advantage[alive].std()}
+        metrics = {"entropy": entropy, "grad_norm": gradient.norm(), "advantage_std": advantage[alive].std(correction=0)}
         params, opt = adam(params, -gradient, opt, learning_rate)
         if args.baseline == "value":
             rows, losses = (seen.obs[alive], return_[alive] / scale, torch.ones_like(return_[alive])), []
@@ -376,7 +377,7 @@ def train(args: Args) -> float:
                 for piece in pieces(tuple(column[order] for column in rows), args.minibatch_size):
                     params, value_opt, loss = fit(params, value_opt, *piece, value_learning_rate)
                     losses.append(loss)
-            unexplained = (return_ - value)[alive].var() / (return_[alive].var() + 1e-8)
+            unexplained = (return_ - value)[alive].var(correction=0) / (return_[alive].var(correction=0) + 1e-8)
             metrics |= {"value_loss": torch.stack(losses).mean(), "explained_variance": 1 - unexplained}
         if args.normalize_obs:
             obs_stats = update_stats(obs_stats, episodes.obs[alive])

@@ -54,8 +54,8 @@ class Args(RunArgs):
     critic_learning_rate: float = 1e-3  # Adam's, of the critics, the value network and the temperature
     gamma: float = 0.99  # discount
     tau: float = 0.005  # how far the targets move towards their networks in a gradient step
-    alpha: float | None = None  # fixed temperature (default: tuned to the target entropy, from 1)
-    target_entropy: float | None = None  # of a tuned temperature (default: minus the number of action dimensions)
+    alpha: float | None = None  # fixed temperature; None: tuned to the target entropy, from 1
+    target_entropy: float | None = None  # of a tuned temperature; None: minus the number of action dimensions
     value_network: bool = False  # the 2018 form, with a separate V and its target
     hidden: tuple[int, ...] = (256, 256)  # widths of the ReLU layers
     bf16: bool = False  # float32 matrix products in bfloat16 on a CPU with AMX or AVX512-BF16, in TF32 on CUDA
@@ -209,6 +209,7 @@ def check(args: Args) -> None:
         at_least_1=("batch_size", "random_hold", "report_every", "hidden"),
         fractions=("gamma", "tau"),
         positive=("updates_per_step", "learning_rate", "critic_learning_rate", "alpha"),
+        finite=("target_entropy",),
     )
     require(args.random_steps >= 0, f"--random-steps must be at least 0, not {args.random_steps}")
     require(
@@ -220,8 +221,6 @@ def check(args: Args) -> None:
         args.random_steps < args.total_steps,
         f"--random-steps {args.random_steps} leaves none of --total-steps {args.total_steps} to learn in",
     )
-    entropy = args.target_entropy
-    require(entropy is None or math.isfinite(entropy), f"--target-entropy must be finite, not {entropy}")
 
 
 def check_actions(envs: VectorEnv) -> None:

@@ -333,11 +333,13 @@ def check(args: Args) -> None:
         at_least_1=("num_steps", "cg_iterations", "fvp_subsample", "critic_epochs", "minibatch_size", "hidden"),
         fractions=("gamma", "gae_lambda", "cg_tolerance"),
         positive=("delta", "learning_rate"),
+        finite=("log_std",),
     )
     require(0 <= args.damping < float("inf"), f"--damping must be a number of at least 0, not {args.damping:g}")
     require(0 < args.backtrack < 1, f"--backtrack must lie between 0 and 1, not {args.backtrack:g}")
     require(args.max_backtracks >= 0, f"--max-backtracks must be at least 0, not {args.max_backtracks}")
     batch = args.num_envs * args.num_steps
+    require(batch > 1, "--num-envs x --num-steps must be at least 2, for a batch to have a variance")
     require(
         batch % args.minibatch_size == 0,
         f"--minibatch-size {args.minibatch_size} does not divide the batch of {batch} (--num-envs x --num-steps)",

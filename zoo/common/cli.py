@@ -39,9 +39,9 @@ class RunArgs:
     threads: int = 1
     """CPU threads of torch; small networks gain nothing from a second one"""
     env_threads: int | None = None
-    """CPU threads of the MuJoCo engine (default: one a core); 1 when several runs share the machine"""
+    """CPU threads of the MuJoCo engine; 1 when several runs share the machine; None: one a core"""
     run_dir: str | None = None
-    """folder of the run, new or empty (default: runs/ENV__ALGO__SEED__TIME)"""
+    """folder of the run, new or empty; None: runs/ENV__ALGO__SEED__TIME"""
     resume: str | None = None
     """folder of a run to go on with, from its last checkpoint and with its arguments"""
     eval_every: int = 100_000
@@ -70,9 +70,13 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_args(
-    args: RunArgs, at_least_1: Sequence[str] = (), fractions: Sequence[str] = (), positive: Sequence[str] = ()
+    args: RunArgs,
+    at_least_1: Sequence[str] = (),
+    fractions: Sequence[str] = (),
+    positive: Sequence[str] = (),
+    finite: Sequence[str] = (),
 ) -> None:
-    """Refuse common arguments that cannot work, and those of the agent's own named as at least 1, in [0, 1], or positive.
+    """Refuse common arguments that cannot work, and the agent's own named as at least 1, in [0, 1], positive or finite.
 
     None passes, and of a tuple every element is meant. Agents call it first and `require` what else they need.
     """
@@ -90,6 +94,9 @@ def check_args(
         value = getattr(args, name)
         if value is not None:
             require(0 < value < math.inf, f"--{name.replace('_', '-')} must be greater than 0, not {value:g}")
+    for name in finite:
+        value = getattr(args, name)
+        require(value is None or math.isfinite(value), f"--{name.replace('_', '-')} must be finite, not {value}")
     require(args.seed < 2**31, f"--seed must be less than 2**31, not {args.seed}")
     require(args.checkpoint_every > 0, f"--checkpoint-every must be greater than 0 seconds, not {args.checkpoint_every:g}")
     require(
@@ -122,7 +129,8 @@ def parse(args_class: type[Args], defaults_for: Callable[[str], dict], argv: Seq
     # tyro lists fields in the dataclass's order, where the inherited ones come first: the algorithm's belong there
     fields = args_class.__dataclass_fields__
     args_class.__dataclass_fields__ = {name: fields[name] for name in (*args_class.__annotations__, *fields)}
-    return tyro.cli(args_class, args=list(argv), default=dataclasses.replace(args_class(), **known))
+    about = (sys.modules[args_class.__module__].__doc__ or "").split("\n\n")[0]  # of the agent's file
+    return tyro.cli(args_class, args=list(argv), default=dataclasses.replace(args_class(), **known), description=about)
 
 
 def main(args_class: type[Args], train: Callable[[Args], Any], defaults_for: Callable[[str], dict]) -> None:

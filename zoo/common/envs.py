@@ -199,7 +199,7 @@ def make_envs(env_id: str, num_envs: int, engine: str = "auto", threads: int | N
     if not isinstance(action_space, gym.spaces.Box | gym.spaces.Discrete):
         raise UsageError(f"--env {env_id}: actions are {action_space}; the zoo's agents act in a Box or a Discrete space")
     if engine == "mujoco" and not serves(single):
-        raise UsageError(f"--engine mujoco does not serve {env_id}; use --engine auto or gymnasium")
+        raise UsageError(f"engine mujoco does not serve {env_id}; use auto or gymnasium")
     if engine != "gymnasium" and serves(single):
         return MujocoVectorEnv(env_id, num_envs, single, threads=threads)
     return GymnasiumVectorEnv(env_id, num_envs, single)

@@ -35,15 +35,9 @@ if TYPE_CHECKING:
 Policy = Callable[[np.ndarray], np.ndarray]  # observations (N, D) to actions (N,) or (N, A), without noise
 
 COLUMNS = ["step", "wall_time", "sps", "train_return", "train_length", "eval_return", "eval_std"]
-CHARTS = {"learning_rate", "compile_time"}  # CleanRL's dashboards look for these beside the returns, not among the losses
+CHARTS = {"learning_rate"}  # CleanRL's dashboards look for it beside the returns, not among the losses
 EVAL_SEED = 1_000_000  # added to the run's seed, so that evaluation and training do not begin with the same episodes
-KEPT = (
-    "hidden",
-    "shared_network",
-    "value_network",
-    "optimizer",
-    "buffer_size",
-)  # of a resumed run: else its state does not fit
+KEPT = ("hidden", "shared_network", "value_network", "optimizer", "buffer_size")  # else a resumed run's state does not fit
 MAX_EPISODE = 100_000  # steps after which an evaluation episode counts as endless
 
 
