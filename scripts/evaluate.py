@@ -22,7 +22,7 @@ from zoo.common.cli import require
 from zoo.common.envs import VectorEnv, make_envs
 from zoo.common.errors import RunFault, UsageError
 from zoo.common.files import load_checkpoint
-from zoo.common.run import EVAL_SEED, Policy, evaluate
+from zoo.common.run import Policy, evaluate
 
 
 @dataclass
@@ -78,7 +78,7 @@ def main() -> int:
         require(0 <= args.seed < 2**31, f"--seed must lie in [0, 2**31), not {args.seed}")
         content = load_agent(args.run)
         envs = make_envs(args.env or content["env"], min(args.episodes, 10))
-        returns, lengths = evaluate(make_policy(content, envs), envs, args.episodes, args.seed + EVAL_SEED)
+        returns, lengths = evaluate(make_policy(content, envs), envs, args.episodes, args.seed)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

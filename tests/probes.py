@@ -159,6 +159,15 @@ class Space(Probe):
         return self.see(), 0.0, False, False, {}
 
 
+class OddReward(Probe):
+    """Endless; its rewards and flags come in whatever form `reward` and `flag` have."""
+
+    reward, flag = np.array([2.0]), np.array([False])
+
+    def step(self, action):
+        return self.see(), self.reward, self.flag, self.flag, {}
+
+
 class Image(Probe):
     """Observations (2, 3, 4) of bytes: 0, 1, 2, ... in C order, plus the step's number."""
 
@@ -179,11 +188,13 @@ SPACES = {
     "DictAction": dict(action_space=Dict({"a": Discrete(2)})),
     # the third is bounded below only, the fourth not at all
     "Bounds": dict(action_space=Box(np.array([-4, 0, 1, -np.inf], "f4"), np.array([4, 1, np.inf, np.inf], "f4"))),
+    "BoxInteger": dict(action_space=Box(-2, 2, (1,), np.int64)),
+    "BoxTenths": dict(action_space=Box(0.5, 0.58, (1,), np.float64)),
     "BoxMatrix": dict(action_space=Box(-2.0, 2.0, (2, 3), np.float32)),
     "DiscreteStart": dict(action_space=Discrete(3, start=5)),
     "ScalarObs": dict(observation_space=Box(-1.0, 1.0, (), np.float32)),
 }
-SIMPLE = [ConstantValue, ObservedReward, Discount, Act, ActBox, ActOnObs, ActOnObsBox, Scripted, Image]
+SIMPLE = [ConstantValue, ObservedReward, Discount, Act, ActBox, ActOnObs, ActOnObsBox, Scripted, OddReward, Image]
 
 
 def register():

@@ -138,6 +138,20 @@ def test_box_actions_are_mapped_to_the_bounds():
     assert envs.action_dim == 4 and not envs.discrete
 
 
+def test_box_actions_of_integers_are_rounded():
+    envs = make_envs("probe/BoxInteger-v0", 1)
+    envs.reset(0)
+    for action in (-1.0, -0.8, -0.7, 0.2, 0.3, 0.9):
+        envs.step(np.array([[action]]))
+    assert [a.tolist() for a in envs.envs[0].unwrapped.actions] == [[-2], [-2], [-1], [0], [1], [2]]
+
+
+def test_box_actions_keep_to_bounds_that_rounding_would_overstep():
+    envs = make_envs("probe/BoxTenths-v0", 1)
+    assert 1.0 * envs.action_scale + envs.action_shift > 0.58
+    assert envs.to_env_action(np.array([[1.0]])) == 0.58
+
+
 def test_box_actions_get_their_shape_back():
     envs = make_envs("probe/BoxMatrix-v0", 1)
     envs.reset(0)
@@ -282,6 +296,17 @@ def test_what_an_environment_raises_is_told_in_one_line():
     message, steps = run_until_fault("raise")
     assert message.startswith("probe/Faulty-raise-v0 raised ZeroDivisionError in step: the physics") and steps == 40
     assert "exploded" in message and "\n" not in message
+
+
+def test_a_reward_in_an_array_is_a_number_if_it_holds_one(monkeypatch):
+    envs = make_envs("probe/OddReward-v0", 2)
+    envs.reset(0)
+    step = envs.step(np.zeros(2, int))
+    assert step.reward.tolist() == [2.0, 2.0] and step.terminated.tolist() == [False, False]
+    for name, value in (("reward", np.zeros(2)), ("reward", None), ("flag", np.zeros((1, 2), bool))):
+        with monkeypatch.context() as patch, pytest.raises(EnvironmentFault, match="not one number each"):
+            patch.setattr(envs.envs[1].unwrapped, name, value)
+            envs.step(np.zeros(2, int))
 
 
 @pytest.mark.filterwarnings("ignore:overflow")

@@ -237,6 +237,10 @@ def test_adapting_the_kl_coefficient():
     """The PPO paper's section 4: halve below d / 1.5, double above 1.5 d."""
     for kl, factor in ((0.0, 0.5), (0.0066, 0.5), (0.0067, 1.0), (0.01, 1.0), (0.0149, 1.0), (0.0151, 2.0), (1.0, 2.0)):
         assert adapt_kl_coef(torch.tensor(3.0), torch.tensor(kl), 0.01).item() == pytest.approx(3 * factor), kl
+    low, high = torch.tensor(1.0), torch.tensor(1.0)
+    for _ in range(200):  # a target that is never left, or never reached
+        low, high = adapt_kl_coef(low, torch.tensor(0.0), 0.01), adapt_kl_coef(high, torch.tensor(1.0), 0.01)
+    assert low == pytest.approx(1e-6) and high == 1e6
 
 
 # --- what train hands to the update ---------------------------------------------------------------------------------------
@@ -554,6 +558,7 @@ def command_line(monkeypatch, capsys):
         (["--minibatch-size", 100], ["--minibatch-size 100", "2048"]),
         (["--minibatch-size", 4096], ["--minibatch-size 4096", "2048"]),
         (["--minibatch-size", 0], ["--minibatch-size", "at least 1", "0"]),
+        (["--minibatch-size", 1, "--normalize-advantages"], ["--minibatch-size", "at least 2", "--normalize-advantages"]),
         (["--num-envs", 0], ["--num-envs", "at least 1", "0"]),
         (["--num-steps", -3], ["--num-steps", "at least 1", "-3"]),
         (["--num-epochs", 0], ["--num-epochs", "at least 1", "0"]),

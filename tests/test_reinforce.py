@@ -179,7 +179,7 @@ def test_variances_fall_in_the_order_of_the_theory():
 
 
 def test_v_is_the_best_baseline_where_all_scores_are_equally_long():
-    """One step, a uniform policy: b*(s) = E[|score|^2 Q] / E[|score|^2] is V(s); it is not in general (lecture notes S3 4.5)."""
+    """One step, a uniform policy: b*(s) = E[|score|^2 Q] / E[|score|^2] is V(s); not so in general (lecture notes S3 4.5)."""
     found = {}
     for theta in (torch.zeros(4, dtype=F64), tiny_mdp.THETA):
         pi = tiny_mdp.log_policy(theta).exp()
@@ -240,6 +240,9 @@ def test_baselines_leave_their_own_episode_out():
     assert leave_one_out(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([1.0, 1.0, 2.0])).tolist() == pytest.approx(
         [8 / 3, 7 / 3, 1.5]
     )
+    dominated = leave_one_out(torch.tensor([1.0, 2.0, 1e12]), torch.tensor([1.0, 1.0, 1e11]))
+    assert dominated[2] == 1.5  # all less its own would be 0 / 0
+    assert leave_one_out(torch.tensor([5.0, 0.0]), torch.tensor([1.0, 0.0])).tolist() == [0.0, 5.0]
     return_, alive = torch.tensor([[1.0, 4.0], [3.0, 77.0]]), torch.tensor([[True, True], [True, False]])
     assert mean_baseline(return_, alive).tolist() == [4.0, 2.0]
 

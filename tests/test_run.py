@@ -29,7 +29,7 @@ from zoo.common.run import COLUMNS, Run, evaluate
 class Countdown(VectorEnv):
     """A scripted task: after a reset with a seed slot i plays an episode of i + 1 steps, then ever episodes of one step.
 
-    The observation is the steps left, the reward 1 plus the action plus the seed's thousandths.
+    The observation is the steps left, the reward 1 plus the action plus the seed's last digit in thousandths.
     """
 
     def __init__(self, num_envs: int, endless: bool = False):
@@ -37,11 +37,12 @@ class Countdown(VectorEnv):
         single.observation_space = gym.spaces.Box(-1, 1, (1,))
         single.action_space = gym.spaces.Discrete(2)
         super().__init__("Countdown-v0", num_envs, single)
-        self.left, self.endless = np.ones(num_envs), endless
+        self.left, self.endless, self.seeds = np.ones(num_envs), endless, []
 
     def _restart(self, index, seed):
         self.left[index] = 1 if seed is None else index + 1
-        self.bonus = self.bonus if seed is None else (seed % 1000) / 1000
+        self.seeds += [] if seed is None else [seed]
+        self.bonus = self.bonus if seed is None else (seed % 10) / 1000
         return self.left[index, None]
 
     def _advance(self, action):
@@ -128,7 +129,7 @@ def test_folder_of_a_finished_run(tmp_path, monkeypatch, capsys):
     resets, reset = [], Countdown.reset
     monkeypatch.setattr(Countdown, "reset", lambda self, seed: resets.append(seed) or reset(self, seed))
     mean = train(Args(env="my/Task v0", seed=7, eval_every=250))
-    assert resets == [1_000_007, 1_000_010] * 4  # two rounds an evaluation, none of them made twice
+    assert resets == [resets[0], resets[0] + 3] * 4  # two rounds an evaluation, none of them made twice
     assert capsys.readouterr().out == f"final evaluation: {mean:.2f} ± 0.83 over 4 episodes\n"
     (folder,) = Path("runs").iterdir()
     assert re.fullmatch(r"my_Task_v0__scripted__7__\d+", folder.name)
@@ -475,10 +476,20 @@ def test_track_without_wandb(tmp_path, monkeypatch):
 @pytest.mark.parametrize("num_envs, episodes, expected", [(3, 3, [1, 2, 3]), (3, 5, [1, 2, 3, 1, 2]), (4, 2, [1, 2])])
 def test_each_slot_plays_one_episode_a_round(num_envs, episodes, expected):
     """The slots that end early start new episodes, which must not count."""
-    returns, lengths = evaluate(policy, Countdown(num_envs), episodes, seed=1000)
+    envs = Countdown(num_envs)
+    returns, lengths = evaluate(policy, envs, episodes, seed=1000)
     assert lengths.tolist() == expected
-    rounds = [0.0] * num_envs + [num_envs / 1000] * num_envs  # the second round has other seeds
-    assert returns == pytest.approx([n * (1 + bonus) for n, bonus in zip(expected, rounds, strict=False)])
+    assert len(envs.seeds) == -(-episodes // num_envs) and set(np.diff(envs.seeds)) <= {num_envs}  # each round has its own
+    bonuses = np.repeat(envs.seeds, num_envs) % 10 / 1000
+    assert returns == pytest.approx([n * (1 + bonus) for n, bonus in zip(expected, bonuses, strict=False)])
+
+
+def test_evaluations_share_no_starts():
+    """Neither those of different seeds nor those of a training run, whose environments start from seed + i."""
+    envs = Countdown(4)
+    for seed in range(20):
+        evaluate(policy, envs, 4, seed)
+    assert min(np.diff(sorted(envs.seeds))) > 1000 and min(envs.seeds) > 10_000 and max(envs.seeds) < 2**31
 
 
 def test_evaluation_repeats_and_uses_the_policy():

@@ -190,7 +190,10 @@ def gae(
 
 
 class Batch(NamedTuple):
-    """Transitions with what pi_old and V_old said of them, (B, ...) each."""
+    """Transitions with what pi_old and V_old said of them, (B, ...) each.
+
+    pi_old acted; V_old is the critic that the advantages came from, each epoch's first one with --recompute-advantages.
+    """
 
     obs: Tensor
     action: Tensor
@@ -237,8 +240,8 @@ def ppo_loss(params: Tensor, batch: Batch, kl_coef: Tensor, forward, args: Args)
 
 
 def adapt_kl_coef(kl_coef: Tensor, kl: Tensor, target: float) -> Tensor:
-    """Double beta after a KL above 1.5 targets, halve it below 1 / 1.5 (PPO paper, section 4)."""
-    return kl_coef * (1.0 + (kl > 1.5 * target).float() - 0.5 * (kl < target / 1.5).float())
+    """Double beta after a KL above 1.5 targets, halve it below 1 / 1.5 (PPO paper, section 4), within what float32 bears."""
+    return (kl_coef * (1.0 + (kl > 1.5 * target).float() - 0.5 * (kl < target / 1.5).float())).clamp(1e-6, 1e6)
 
 
 # --- the run --------------------------------------------------------------------------------------------------------------
@@ -295,6 +298,10 @@ def check(args: Args) -> None:
     require(
         batch % args.minibatch_size == 0,
         f"--minibatch-size {args.minibatch_size} does not divide the batch of {batch} (--num-envs x --num-steps)",
+    )
+    require(
+        args.minibatch_size > 1 or not args.normalize_advantages,
+        "--minibatch-size must be at least 2 with --normalize-advantages: of one advantage nothing would be left",
     )
     require(args.total_steps >= batch, f"--total-steps {args.total_steps} is less than one batch of {batch} steps")
 

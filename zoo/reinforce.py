@@ -171,8 +171,10 @@ def returns_to_go(reward: Tensor, alive: Tensor, tail: Tensor, gamma: float) -> 
 
 
 def leave_one_out(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """For each of N episodes the ratio of the sums over all the others; all (N,)."""
-    return (numerator.sum() - numerator) / (denominator.sum() - denominator)
+    """For each of N episodes the ratio of the sums over all the others, 0 where those are 0 / 0; all (N,)."""
+    others = 1 - torch.eye(len(numerator), dtype=numerator.dtype, device=numerator.device)
+    # not the whole sum less its own: one dominant episode would leave nothing but rounding
+    return (others @ numerator) / (others @ denominator.to(numerator)).clamp(min=torch.finfo(numerator.dtype).tiny)
 
 
 def mean_baseline(return_: Tensor, alive: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class VectorEnv:
             self.bounded = np.isfinite(low) & np.isfinite(high)
             finite_low, finite_high = np.where(self.bounded, low, -1.0), np.where(self.bounded, high, 1.0)
             self.action_scale, self.action_shift = (finite_high - finite_low) / 2, (finite_high + finite_low) / 2
-            self._clip_low, self._clip_high = np.where(self.bounded, -1.0, low), np.where(self.bounded, 1.0, high)
+            self._low, self._high = low, high
         self._returns, self._lengths = np.zeros(num_envs), np.zeros(num_envs, dtype=np.int64)
 
     def reset(self, seed: int) -> np.ndarray:
@@ -83,8 +83,9 @@ class VectorEnv:
         """From the policy's scale to the environment's."""
         if self.discrete:
             return action + self.action_start
-        clipped = np.clip(np.asarray(action, np.float64), self._clip_low, self._clip_high)
-        return clipped * self.action_scale + self.action_shift
+        scaled = np.asarray(action, np.float64) * self.action_scale + self.action_shift
+        scaled = np.clip(scaled, self._low, self._high)  # last, because rounding could overstep a bound
+        return np.rint(scaled) if np.issubdtype(self.action_dtype, np.integer) else scaled
 
     def _cast(self, values: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):  # what overflows is told as non-finite
@@ -128,7 +129,15 @@ class GymnasiumVectorEnv(VectorEnv):
         actions = action.tolist() if self.discrete else action.astype(self.action_dtype).reshape(-1, *self.action_shape)
         rows = [self._call(i, "step", a) for i, a in enumerate(actions)]
         next_obs, reward, terminated, truncated = zip(*rows, strict=True)
-        return np.stack(next_obs), np.array(reward, np.float64), np.array(terminated, bool), np.array(truncated, bool)
+        return np.stack(next_obs), *map(self._numbers, (reward, terminated, truncated), (np.float64, bool, bool))
+
+    def _numbers(self, values, dtype):
+        """(N,) from a number, or an array that holds one, of each environment."""
+        try:
+            return np.array(values, dtype).reshape(self.num_envs)
+        except (TypeError, ValueError) as error:
+            shapes = sorted({np.shape(value) for value in values})
+            raise EnvironmentFault(f"{self.env_id} returned rewards or flags of shape {shapes}, not one number each") from error
 
     def _call(self, i, method, *args, **kwargs):
         try:

@@ -36,7 +36,6 @@ Policy = Callable[[np.ndarray], np.ndarray]  # observations (N, D) to actions (N
 
 COLUMNS = ["step", "wall_time", "sps", "train_return", "train_length", "eval_return", "eval_std"]
 CHARTS = {"learning_rate"}  # CleanRL's dashboards look for it beside the returns, not among the losses
-EVAL_SEED = 1_000_000  # added to the run's seed, so that evaluation and training do not begin with the same episodes
 KEPT = ("hidden", "shared_network", "value_network", "optimizer", "buffer_size")  # else a resumed run's state does not fit
 MAX_EPISODE = 100_000  # steps after which an evaluation episode counts as endless
 
@@ -198,7 +197,7 @@ class Run:
         if self._eval_envs is None:
             self._eval_envs = self._make_eval_envs()
             self._open.callback(self._eval_envs.close)
-        returns, _ = evaluate(policy, self._eval_envs, self.args.eval_episodes, self.args.seed + EVAL_SEED)
+        returns, _ = evaluate(policy, self._eval_envs, self.args.eval_episodes, self.args.seed)
         return {"eval_return": float(returns.mean()), "eval_std": float(returns.std())}
 
     def _log(self, row: Mapping[str, float], values: Mapping[str, float], episodes: Sequence[tuple[float, int]]) -> None:
@@ -227,12 +226,14 @@ class Run:
 def evaluate(policy: Policy, envs: VectorEnv, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns (episodes,) and lengths (episodes,) of a deterministic policy, in rounds of `envs.num_envs` episodes.
 
-    Each slot plays exactly one episode a round: taking the first `episodes` to end would favour the short ones.
+    Each slot plays exactly one episode a round: taking the first `episodes` to end would favour the short ones. Where they
+    begin depends on `seed` alone; two seeds, or evaluation and training, hardly share a start.
     Raises RunFault when an episode does not end within MAX_EPISODE steps.
     """
     returns, lengths = np.zeros(0), np.zeros(0, dtype=np.int64)
+    first = int(np.random.SeedSequence(seed).generate_state(1)[0]) >> 1  # 31 random bits, for neighbours would overlap
     while len(returns) < episodes:
-        obs = envs.reset(seed + len(returns))
+        obs = envs.reset(first + len(returns))
         slots = min(envs.num_envs, episodes - len(returns))
         total, length, running = np.zeros(slots), np.zeros(slots, dtype=np.int64), np.ones(slots, dtype=bool)
         while running.any():
