@@ -9,6 +9,7 @@ from zoo.common.errors import UsageError
 from zoo.common.replay import ReplayBuffer
 
 CPU = torch.device("cpu")
+CUDA = pytest.param(torch.device("cuda"), marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))
 
 
 class Story:
@@ -45,14 +46,15 @@ def as_tuples(transitions):
 
 
 def drawn(buffer, count):
-    columns = (x.reshape(count, -1).tolist() for x in buffer.sample(count, torch.Generator().manual_seed(0)))
+    columns = (x.reshape(count, -1).tolist() for x in buffer.sample(count, torch.Generator(buffer.obs.device).manual_seed(0)))
     return as_tuples(zip(*columns, strict=True))
 
 
+@pytest.mark.parametrize("device", [CPU, CUDA])
 @pytest.mark.parametrize(("num_envs", "slots"), [(1, 7), (3, 7), (3, 1), (4, 20)])
-def test_the_buffer_holds_the_last_transitions_and_no_other(num_envs, slots):
+def test_the_buffer_holds_the_last_transitions_and_no_other(num_envs, slots, device):
     """After every step, wrapped around many times: exactly the last ones, each with its true successor."""
-    story, buffer = Story(num_envs, seed=0), ReplayBuffer(slots, num_envs, 3, 2, CPU)
+    story, buffer = Story(num_envs, seed=0), ReplayBuffer(slots, num_envs, 3, 2, device)
     for _ in range(5 * slots + 20):
         story.tell(buffer)
         kept = story.true[-slots * num_envs :]

@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 
 from zoo import sac
 from zoo.common.cli import main
-from zoo.common.device import flatten
+from zoo.common.device import _Compiled, flatten
 from zoo.common.envs import make_envs
 from zoo.common.errors import RunFault
 from zoo.common.files import load_checkpoint
@@ -41,6 +41,9 @@ from zoo.sac import (
 )
 
 F64 = torch.float64
+DEVICES = pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
+)
 SPACES = SimpleNamespace(obs_dim=3, action_dim=2)
 
 
@@ -275,6 +278,9 @@ def test_updates_equal_torchs_own_parts(tmp_path, spy, changes):
             torch.testing.assert_close(learner[name], vector(net), rtol=1e-4, atol=2e-5)
         torch.testing.assert_close(learner["log_alpha"], log_alpha.detach(), rtol=1e-4, atol=1e-6)
         assert metrics["qf_loss"].item() == pytest.approx(q_loss.item(), rel=1e-3)
+        for name, q in (("qf1", q1), ("qf2", q2)):
+            assert metrics[f"{name}_values"].item() == pytest.approx(q.mean().item(), rel=1e-3, abs=1e-4)
+            assert metrics[f"{name}_loss"].item() == pytest.approx(nn.functional.mse_loss(q, target).item(), rel=1e-3)
         assert metrics["actor_loss"].item() == pytest.approx(pi_loss.item(), rel=1e-3)
         assert metrics["entropy"].item() == pytest.approx(-log_prob.mean().item(), rel=1e-3, abs=1e-4)
     assert (log_alpha.item() == pytest.approx(np.log(args.alpha or 1.0))) == (args.alpha is not None)
@@ -302,6 +308,7 @@ def test_updates_are_counted_by_environment_steps(tmp_path, spy, rate, count):
     table = rows(tmp_path)
     assert len(spy["update"]) == count and [int(row["step"]) for row in table] == [32, 64, 96, 128, 160, 180]
     assert not table[1]["qf_loss"] and table[2]["qf_loss"]
+    assert all(float(row["train_return"]) == float(row["train_length"]) == 5 for row in table)
 
 
 # --- probe environments ---------------------------------------------------------------------------------------------------
@@ -334,7 +341,7 @@ FORMS = pytest.mark.parametrize("value_network", [False, True], ids=["twin-targe
 def test_probe_time_limit_is_no_end_of_the_world(tmp_path, value_network):
     """Reward 1 for ever, cut every 5 steps; a uniform policy's entropy is log 2, so V = (1 + alpha log 2) / (1 - gamma).
 
-    A forgotten alpha or entropy makes Q = 5, a truncation taken for a termination at most 4.6.
+    A forgotten entropy makes Q = 5, a forgotten alpha 7.8, a truncation taken for a termination at most 4.6.
     """
     q, _ = learnt(small(
         tmp_path, "probe/EndlessBox-v0", alpha=0.5, value_network=value_network, total_steps=800, tau=0.1, gamma=0.8, **FAST
@@ -376,17 +383,39 @@ def test_the_temperature_meets_its_target(tmp_path):
 # --- whole runs -----------------------------------------------------------------------------------------------------------
 
 
+@DEVICES
 @pytest.mark.parametrize("form", [{}, dict(value_network=True, alpha=0.2)], ids=["twin-targets", "value-network"])
-def test_compiled_equals_eager(tmp_path, capsys, form):
+def test_compiled_equals_eager(tmp_path, monkeypatch, capsys, form, device):
     """200 updates on one task without chaos: what rounding leaves."""
+    monkeypatch.setattr(_Compiled, "warned", False)  # by a test before this one
     ends = []
     for compiled in (False, True):
         folder = tmp_path / str(compiled)
-        sac.train(small(folder, "probe/ActOnObsBox-v0", compile=compiled, total_steps=280, hidden=(8,), **form))
+        sac.train(small(folder, "probe/ActOnObsBox-v0", compile=compiled, total_steps=280, hidden=(8,), device=device, **form))
         learner = load_checkpoint(folder / "checkpoint.pt", "--resume")["state"]["learner"]
         ends.append({name: x for name, x in learner.items() if not isinstance(x, dict)})
     assert "warning" not in capsys.readouterr().err  # that compilation failed
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-3)
+
+
+@DEVICES
+def test_a_buffer_that_wraps_and_a_resumed_run(tmp_path, device):
+    args = small(tmp_path, "probe/EndlessBox-v0", buffer_size=64, device=device, compile=device == "cuda")
+    assert np.isfinite(sac.train(replace(args, total_steps=200)))
+    saved = load_checkpoint(tmp_path / "checkpoint.pt", "--resume")["state"]["buffer"]
+    assert saved["size"] == 16 and saved["obs"].shape == (17, 4, 1)
+    assert np.isfinite(sac.train(replace(args, run_dir=None, resume=args.run_dir)))
+    assert [int(row["step"]) for row in rows(tmp_path)] == [100, 200, 300, 400]
+
+
+def test_bf16_reaches_torch(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    try:
+        for bf16, precision in ((True, "medium"), (False, "highest")):
+            sac.train(small(tmp_path / precision, "probe/ActBox-v0", bf16=bf16, total_steps=84, eval_episodes=1))
+            assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_the_same_seed_gives_the_same_table(tmp_path):
@@ -494,7 +523,8 @@ def test_pendulum_is_learnt(tmp_path, command_line):
         (["--target-entropy", "nan"], ["--target-entropy", "finite", "nan"]),
         (["--buffer-size", 10**14], ["--buffer-size", "memory"]),
         (["--buffer-size", 10**21], ["--buffer-size", "memory"]),
-        (["--bf16"], ["--bf16", "neither AMX nor AVX512-BF16"]),
+        (["--bf16"], ["--bf16", "neither AMX nor AVX512-BF16", "--no-bf16"]),
+        (["--alpha", 0.2, "--target-entropy", -1], ["--target-entropy", "fixed --alpha"]),
         (["--alpha", 0], ["--alpha", "greater than 0", "0"]),
         (["--updates-per-step", 0], ["--updates-per-step", "greater than 0", "0"]),
         (["--tau", 1.5], ["--tau", "[0, 1]", "1.5"]),

@@ -24,7 +24,7 @@ import evaluate  # noqa: E402
 import speed  # noqa: E402
 import watch  # noqa: E402
 
-from zoo import ppo  # noqa: E402
+from zoo import actor_critic, ppo, reinforce, sac, trpo  # noqa: E402
 from zoo.common.errors import UsageError  # noqa: E402
 
 # What a run leaves behind, without torch. Its evaluation is 10 x seed^2 + rate, checkpoints come every 300 steps.
@@ -368,13 +368,32 @@ def call(module, monkeypatch, *argv):
     return module.main()
 
 
-def test_evaluate_repeats_the_final_evaluation_of_the_run(tiny, monkeypatch, capsys):
-    with open(tiny / "progress.csv", newline="") as file:
+@pytest.mark.parametrize(
+    ("agent", "changes"),
+    [
+        (ppo, dict(num_steps=32, num_epochs=1, total_steps=256)),
+        (trpo, dict(num_steps=32, total_steps=256, minibatch_size=64)),
+        (actor_critic, dict(num_steps=4, total_steps=256)),
+        (reinforce, dict(total_steps=800)),
+        (sac, dict(total_steps=200, random_steps=100, batch_size=8, hidden=(8, 8))),
+    ],
+    ids=["ppo", "trpo", "actor_critic", "reinforce", "sac"],
+)
+def test_evaluate_repeats_the_final_evaluation_of_the_run(tmp_path, monkeypatch, capsys, agent, changes):
+    """So agent.pt, as make_policy reads it, acts like the policy that train evaluated."""
+    folder = tmp_path / "run"
+    common = dict(seed=3, num_envs=4, compile=False, eval_episodes=4, progress=False, run_dir=str(folder))
+    agent.train(agent.Args(env="Pendulum-v1", **common, **changes))
+    capsys.readouterr()
+    with open(folder / "progress.csv", newline="") as file:
         last = list(csv.DictReader(file))[-1]
     expected = f"evaluation: {float(last['eval_return']):.2f} ± {float(last['eval_std']):.2f} over 4 episodes\n"
-    for path in (tiny, tiny / "agent.pt"):
+    for path in (folder, folder / "agent.pt"):
         assert call(evaluate, monkeypatch, path, "--episodes", 4, "--seed", 3) == 0
         assert capsys.readouterr().out.startswith(expected + "min ")
+
+
+def test_evaluate_on_another_task(tiny, monkeypatch, capsys):
     assert call(evaluate, monkeypatch, tiny, "--episodes", 11, "--env", "CartPole-v0") == 0
     assert "over 11 episodes" in capsys.readouterr().out
 

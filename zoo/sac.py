@@ -70,7 +70,7 @@ SETTINGS: dict[str, dict] = {
         eval_episodes=100,
     ),
     "MountainCarContinuous-v0": dict(
-        total_steps=50_000, random_steps=5_000, random_hold=50, gamma=0.9999, alpha=0.1, batch_size=512, tau=0.01,
+        total_steps=50_000, random_hold=50, gamma=0.9999, alpha=0.1, batch_size=512, tau=0.01,
         hidden=(64, 64), eval_every=10_000, eval_episodes=100,
     ),
 }  # fmt: skip
@@ -218,6 +218,10 @@ def check(args: Args) -> None:
     )
     require(args.total_steps >= args.num_envs, f"--total-steps {args.total_steps} is less than --num-envs {args.num_envs}")
     require(
+        args.alpha is None or args.target_entropy is None,
+        "--target-entropy is what --alpha is tuned to: it does not go with a fixed --alpha",
+    )
+    require(
         args.random_steps < args.total_steps,
         f"--random-steps {args.random_steps} leaves none of --total-steps {args.total_steps} to learn in",
     )
@@ -236,7 +240,7 @@ def train(args: Args) -> float:
     check(args)
     device = setup(args.device, args.threads)
     able = device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    require(able or not args.bf16, "--bf16: this CPU has neither AMX nor AVX512-BF16; it would multiply in float32")
+    require(able or not args.bf16, "--bf16: this CPU has neither AMX nor AVX512-BF16; use --no-bf16")
     torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")
     envs = make_envs(args.env, args.num_envs, threads=args.env_threads)
     check_actions(envs)
@@ -284,9 +288,11 @@ def train(args: Args) -> float:
 
         def q_loss(params):
             q = q_of(params, batch.obs, batch.action)
-            return critic_loss(q, target), q.mean()
+            return critic_loss(q, target), q
 
-        gradient, (metrics["qf_loss"], metrics["qf_values"]) = grad_and_value(q_loss, has_aux=True)(learner["critic"])
+        gradient, (metrics["qf_loss"], q) = grad_and_value(q_loss, has_aux=True)(learner["critic"])
+        for i, each in enumerate(q, start=1):
+            metrics |= {f"qf{i}_values": each.mean(), f"qf{i}_loss": ((each - target) ** 2).mean()}
         learner = descend(learner, "critic", gradient, args.critic_learning_rate)
 
         critic = learner["critic"]
@@ -300,8 +306,8 @@ def train(args: Args) -> float:
         if args.alpha is None:
             gradient, metrics["alpha_loss"] = grad_and_value(alpha_loss)(learner["log_alpha"], log_prob, target_entropy)
             learner = descend(learner, "log_alpha", gradient, args.critic_learning_rate)
-        target = polyak(learner["target"], learner[followed], args.tau)
-        return learner | {"target": target}, metrics | {"alpha": alpha, "entropy": -log_prob.mean()}
+        learner = learner | {"target": polyak(learner["target"], learner[followed], args.tau)}
+        return learner, metrics | {"alpha": alpha, "entropy": -log_prob.mean()}
 
     def policy(obs):  # at the present parameters, without noise, for evaluations
         return policy_of(learner["actor"], torch.as_tensor(obs, device=device)).mode().cpu().numpy()
