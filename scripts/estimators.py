@@ -238,6 +238,7 @@ def jackknife(statistic: Callable[[Tensor], float], count: int) -> tuple[float, 
 
 
 def covariance_trace(g: Tensor) -> Tensor:
+    """tr Cov (), unbiased, of estimates g (episodes, P)."""
     return g.var(0).sum()
 
 
@@ -424,6 +425,7 @@ def measure_importance(agent: Agent, sample: list[Episode], direction: Tensor, b
 
 
 def relative_variance(g: Tensor, size: float) -> tuple[float, float]:
+    """tr Cov of estimates g (episodes, P) over `size`, the reference's squared norm, and its standard error."""
     return jackknife(lambda index: covariance_trace(g[index]).item() / size, len(g))
 
 

@@ -49,6 +49,7 @@ def serves(single: Any) -> bool:
 
 
 def class_name(env: Any) -> str:
+    """module.Class of an environment."""
     return f"{type(env).__module__}.{type(env).__qualname__}"
 
 
