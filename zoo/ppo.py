@@ -66,8 +66,8 @@ class Args(RunArgs):
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
 SETTINGS: dict[str, dict] = {
     "CartPole-v1": dict(
-        total_steps=100_000, num_envs=8, num_steps=32, minibatch_size=256, num_epochs=20, learning_rate=1e-3, gamma=0.98,
-        gae_lambda=0.8, normalize_advantages=True, normalize_obs=False, eval_every=20_000,
+        total_steps=100_000, num_envs=8, num_steps=32, minibatch_size=256, num_epochs=20, learning_rate=1e-3,
+        normalize_advantages=True, normalize_obs=False, eval_every=20_000,
     ),
     "Acrobot-v1": dict(
         num_envs=16, num_steps=256, gae_lambda=0.94, normalize_advantages=True, eval_episodes=100,
