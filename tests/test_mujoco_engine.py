@@ -46,7 +46,7 @@ def pair(env_id, threads=2, **parameters):
     engine = MujocoVectorEnv(env_id, N, gym.make(env_id, **parameters), np.float64, threads)
     loop = GymnasiumVectorEnv(env_id, 1, gym.make(env_id, **parameters), np.float64)
     loop.envs += [gym.make(env_id, **parameters) for _ in range(N - 1)]
-    loop.num_envs, loop._returns, loop._lengths = N, np.zeros(N), np.zeros(N, np.int64)
+    loop.num_envs, loop._every, loop._returns, loop._lengths = N, np.arange(N), np.zeros(N), np.zeros(N, np.int64)
     return engine, loop
 
 

@@ -23,13 +23,13 @@ import os
 from types import SimpleNamespace
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from gymnasium.utils import seeding
-from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 
-from zoo.common.envs import VectorEnv
 from zoo.common.errors import EnvironmentFault
 from zoo.common.mujoco_tasks import CLASSES
+from zoo.common.vector_env import VectorEnv, class_name, time_limit_of
 
 try:
     import mujoco
@@ -38,19 +38,11 @@ except ImportError:  # MuJoCo before 4.0, or none: `serves` then refuses everyth
     Batch = None
 
 
-def serves(single: Any) -> bool:
+def serves(single: gym.Env) -> bool:
     """Whether the engine steps copies of `single`, from gym.make, exactly as Gymnasium would."""
-    env, wrapper = single.unwrapped, single
-    while wrapper is not env:
-        if type(wrapper) not in (TimeLimit, OrderEnforcing, PassiveEnvChecker):
-            return False  # the user's wrapper may change anything
-        wrapper = wrapper.env
-    return Batch is not None and class_name(env) in CLASSES and env.render_mode is None
-
-
-def class_name(env: Any) -> str:
-    """module.Class of an environment."""
-    return f"{type(env).__module__}.{type(env).__qualname__}"
+    env: Any = single.unwrapped
+    known = Batch is not None and class_name(env) in CLASSES
+    return known and time_limit_of(single) is not None and env.render_mode is None
 
 
 class MujocoVectorEnv(VectorEnv):
@@ -61,15 +53,13 @@ class MujocoVectorEnv(VectorEnv):
 
     engine = "mujoco"
 
-    def __init__(self, env_id: str, num_envs: int, single: Any, dtype: type = np.float32, threads: int | None = None):
+    def __init__(
+        self, env_id: str, num_envs: int, single: gym.Env, dtype: Any = None, threads: int | None = None
+    ):
         super().__init__(env_id, num_envs, single, dtype)
         self.env: Any = single.unwrapped
         self.task, self.v5 = CLASSES[class_name(self.env)]
-        self.time_limit = np.inf
-        while single is not self.env:
-            if isinstance(single, TimeLimit):
-                self.time_limit = min(self.time_limit, single._max_episode_steps)
-            single = single.env
+        self.time_limit = time_limit_of(single)
         self.with_forces = getattr(self.env, "_use_contact_forces", "cfrc_ext" in self.task.derived)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # A persistent batch keeps each environment's MjData, from which mj_rnePostConstraint computes cfrc_ext
