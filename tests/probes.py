@@ -187,14 +187,27 @@ SPACES = {
     "MultiDiscreteAction": dict(action_space=MultiDiscrete([2, 3])),
     "DictAction": dict(action_space=Dict({"a": Discrete(2)})),
     # the third is bounded below only, the fourth not at all
-    "Bounds": dict(action_space=Box(np.array([-4, 0, 1, -np.inf], "f4"), np.array([4, 1, np.inf, np.inf], "f4"))),
+    "Bounds": dict(
+        action_space=Box(np.array([-4, 0, 1, -np.inf], "f4"), np.array([4, 1, np.inf, np.inf], "f4"))
+    ),
     "BoxInteger": dict(action_space=Box(-2, 2, (1,), np.int64)),
     "BoxTenths": dict(action_space=Box(0.5, 0.58, (1,), np.float64)),
     "BoxMatrix": dict(action_space=Box(-2.0, 2.0, (2, 3), np.float32)),
     "DiscreteStart": dict(action_space=Discrete(3, start=5)),
     "ScalarObs": dict(observation_space=Box(-1.0, 1.0, (), np.float32)),
 }
-SIMPLE = [ConstantValue, ObservedReward, Discount, Act, ActBox, ActOnObs, ActOnObsBox, Scripted, OddReward, Image]
+SIMPLE = [
+    ConstantValue,
+    ObservedReward,
+    Discount,
+    Act,
+    ActBox,
+    ActOnObs,
+    ActOnObsBox,
+    Scripted,
+    OddReward,
+    Image,
+]
 
 
 def register():

@@ -34,7 +34,9 @@ def pump(env_id, obs, rng):
     if env_id.startswith("MountainCar-"):
         return np.where(random, rng.integers(0, 3, n), np.where(obs[:, 1] > 0, 2, 0))
     if env_id.startswith("MountainCarC"):
-        return np.where(random, rng.normal(size=n), np.where(obs[:, 1] > 0, 1.3, -1.3)).astype(np.float32)[:, None]
+        return np.where(random, rng.normal(size=n), np.where(obs[:, 1] > 0, 1.3, -1.3)).astype(np.float32)[
+            :, None
+        ]
     if env_id.startswith("Acrobot"):
         return np.where(random, rng.integers(0, 3, n), np.where(obs[:, 5] > 0, 2, 0))
     if env_id.startswith("Pendulum"):

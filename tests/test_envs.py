@@ -31,7 +31,13 @@ EPISODES = [(3, 1), (3, 2), (3, 1), (15, 3), (7, 1), (15, 3), (8, 1), (7, 1), (8
 
 def table(rollout, copy):
     """The rows of one copy as in FIRST."""
-    columns = (rollout.obs[..., 0], rollout.reward, rollout.next_obs[..., 0], rollout.terminated, rollout.truncated)
+    columns = (
+        rollout.obs[..., 0],
+        rollout.reward,
+        rollout.next_obs[..., 0],
+        rollout.terminated,
+        rollout.truncated,
+    )
     return [tuple(float(column[t, copy]) for column in columns) for t in range(len(rollout.reward))]
 
 
@@ -62,7 +68,9 @@ def test_a_batch_goes_on_where_the_last_one_stopped():
 
 def test_a_reset_starts_everything_afresh():
     envs = make_envs("probe/Scripted-v0", 2)
-    collect(envs, envs.reset(range(envs.num_envs)), act_0, torch.zeros(1, 2, 2))  # leaves the first copy in mid-episode
+    collect(
+        envs, envs.reset(range(envs.num_envs)), act_0, torch.zeros(1, 2, 2)
+    )  # leaves the first copy in mid-episode
     rollout, _, episodes = collect(envs, envs.reset(range(envs.num_envs)), act_0, torch.zeros(8, 2, 2))
     assert table(rollout, 0) == FIRST and episodes == EPISODES
 
@@ -76,7 +84,9 @@ def test_the_collected_action_is_what_was_acted_and_what_act_saw_is_the_obs():
 
     noise = torch.randn(3, 2, 4)
     rollout, _, _ = collect(envs, envs.reset(range(envs.num_envs)), act, noise)
-    assert torch.equal(rollout.action, noise * 2)  # unclipped, in the policy's scale: its log-probability is of this
+    assert torch.equal(
+        rollout.action, noise * 2
+    )  # unclipped, in the policy's scale: its log-probability is of this
     assert torch.equal(rollout.obs, torch.stack([obs for obs, _ in seen]))
     assert torch.equal(torch.stack([step_noise for _, step_noise in seen]), noise)
 
@@ -89,7 +99,9 @@ def test_cartpole_equals_gymnasiums(vectorize):
     envs = make_envs("CartPole-v1", n)
     obs, ended = envs.reset(range(7, 7 + n)), 0
     if vectorize:
-        theirs = gym.make_vec("CartPole-v1", n, "sync", vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP})
+        theirs = gym.make_vec(
+            "CartPole-v1", n, "sync", vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+        )
         np.testing.assert_array_equal(obs, theirs.reset(seed=7)[0])
     else:
         loop = [gym.make("CartPole-v1") for _ in range(n)]
@@ -104,7 +116,10 @@ def test_cartpole_equals_gymnasiums(vectorize):
         else:
             rows = [env.step(a)[:4] for env, a in zip(loop, action, strict=True)]
             next_obs, reward, terminated, truncated = (np.array(column) for column in zip(*rows, strict=True))
-            obs = [env.reset()[0] if ends else o for env, o, ends in zip(loop, next_obs, terminated | truncated, strict=True)]
+            obs = [
+                env.reset()[0] if ends else o
+                for env, o, ends in zip(loop, next_obs, terminated | truncated, strict=True)
+            ]
         for ours, other in zip(step[:5], (obs, reward, next_obs, terminated, truncated), strict=True):
             np.testing.assert_array_equal(ours, other)
         ended += len(step.episodes)
@@ -156,7 +171,9 @@ def test_box_actions_get_their_shape_back():
     envs = make_envs("probe/BoxMatrix-v0", 1)
     envs.reset(range(envs.num_envs))
     envs.step(np.array([[0.0, 0.1, 0.2, 0.3, 0.4, 0.5]]))
-    np.testing.assert_allclose(envs.envs[0].unwrapped.actions[0], [[0.0, 0.2, 0.4], [0.6, 0.8, 1.0]], rtol=1e-6)
+    np.testing.assert_allclose(
+        envs.envs[0].unwrapped.actions[0], [[0.0, 0.2, 0.4], [0.6, 0.8, 1.0]], rtol=1e-6
+    )
     assert envs.action_dim == 6
 
 
@@ -180,7 +197,11 @@ def test_images_are_flattened_in_c_order():
 
 def test_scalar_observations():
     envs = make_envs("probe/ScalarObs-v0", 2)
-    assert envs.obs_dim == 1 and envs.reset(range(envs.num_envs)).shape == (2, 1) and envs.step(np.zeros(2, int)).obs.shape == (2, 1)
+    assert (
+        envs.obs_dim == 1
+        and envs.reset(range(envs.num_envs)).shape == (2, 1)
+        and envs.step(np.zeros(2, int)).obs.shape == (2, 1)
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,7 +223,11 @@ def test_spaces_that_are_refused(name, words):
 
 @pytest.mark.parametrize(
     ("env_id", "nearest"),
-    [("CartPol-v1", "CartPole-v1"), ("HalfChetah-v4", "HalfCheetah-v4"), ("probe/Endles-v0", "probe/Endless-v0")],
+    [
+        ("CartPol-v1", "CartPole-v1"),
+        ("HalfChetah-v4", "HalfCheetah-v4"),
+        ("probe/Endles-v0", "probe/Endless-v0"),
+    ],
 )
 def test_an_unknown_id_is_told_with_the_nearest(env_id, nearest):
     with pytest.raises(UsageError) as refusal:
@@ -294,7 +319,10 @@ def test_a_non_finite_observation_at_a_reset_names_the_environment():
 
 def test_what_an_environment_raises_is_told_in_one_line():
     message, steps = run_until_fault("raise")
-    assert message.startswith("probe/Faulty-raise-v0 raised ZeroDivisionError in step: the physics") and steps == 40
+    assert (
+        message.startswith("probe/Faulty-raise-v0 raised ZeroDivisionError in step: the physics")
+        and steps == 40
+    )
     assert "exploded" in message and "\n" not in message
 
 
@@ -304,7 +332,10 @@ def test_a_reward_in_an_array_is_a_number_if_it_holds_one(monkeypatch):
     step = envs.step(np.zeros(2, int))
     assert step.reward.tolist() == [2.0, 2.0] and step.terminated.tolist() == [False, False]
     for name, value in (("reward", np.zeros(2)), ("reward", None), ("flag", np.zeros((1, 2), bool))):
-        with monkeypatch.context() as patch, pytest.raises(EnvironmentFault, match="not one (number|bool) each"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(EnvironmentFault, match="not one (number|bool) each"),
+        ):
             patch.setattr(envs.envs[1].unwrapped, name, value)
             envs.step(np.zeros(2, int))
 

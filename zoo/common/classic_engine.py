@@ -48,7 +48,9 @@ def step_cartpole(env: Any, state: np.ndarray, action: np.ndarray, first: np.nda
 def step_mountain_car(env: Any, state: np.ndarray, action: np.ndarray, first: np.ndarray):
     """MountainCar: position and velocity."""
     position, velocity = state
-    pull = np.array([math.cos(angle) for angle in 3 * position])  # the C library's, NumPy's may differ in the last bit
+    pull = np.array(
+        [math.cos(angle) for angle in (3 * position).tolist()]
+    )  # the C library's, NumPy's may differ in the last bit
     velocity += (action - 1) * env.force + pull * -env.gravity
     np.clip(velocity, -env.max_speed, env.max_speed, out=velocity)
     position += velocity
@@ -58,23 +60,25 @@ def step_mountain_car(env: Any, state: np.ndarray, action: np.ndarray, first: np
 
 
 def step_continuous_mountain_car(env: Any, state: np.ndarray, action: np.ndarray, first: np.ndarray):
-    """MountainCarContinuous: float32 but for an episode's first step, which begins at a float64 position."""
-    single = state.astype(np.float32)
-    angle = np.where(first, 3 * state[0], 3 * single[0])
-    pull = np.array([0.0025 * math.cos(a) for a in angle])
-    gain = action[:, 0] * np.float32(env.power) - pull.astype(np.float32)
-    velocity = np.where(first, state[1] + gain, single[1] + gain)
-    limit = np.where(first, env.max_speed, np.float32(env.max_speed))
-    velocity = np.clip(velocity, -limit, limit)
-    position = np.where(first, state[0] + velocity, single[0] + velocity.astype(np.float32))
-    low, high, goal = (
-        np.where(first, bound, np.float32(bound)) for bound in (env.min_position, env.max_position, env.goal_position)
-    )
-    position = np.clip(position, low, high)
-    velocity[(position == low) & (velocity < 0)] = 0
-    terminated = (position >= goal) & (velocity >= env.goal_velocity)
-    state[:] = np.stack((position, velocity)).astype(np.float32)
-    return np.where(terminated, 100.0, 0.0) - np.square(action[:, 0].astype(np.float64)) * 0.1, terminated
+    """MountainCarContinuous: as it starts position and velocity are float64, from the first step on float32."""
+    force, cost = action[:, 0], np.square(action[:, 0].astype(np.float64)) * 0.1
+    moved, terminated = drive(env, state.astype(np.float32), force)
+    if np.count_nonzero(first):
+        moved[:, first], terminated[first] = drive(env, state[:, first], force[first])
+    state[:] = moved
+    return np.where(terminated, 100.0, 0.0) - cost, terminated
+
+
+def drive(env: Any, state: np.ndarray, force: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The state (2, N) after a step, in its type and its place, and whether the car has arrived (N,)."""
+    position, velocity = state
+    pull = np.array([0.0025 * math.cos(angle) for angle in (3 * position).tolist()])
+    velocity += force * env.power - pull.astype(np.float32)
+    np.clip(velocity, -env.max_speed, env.max_speed, out=velocity)
+    position += velocity
+    np.clip(position, env.min_position, env.max_position, out=position)
+    velocity[(position == env.min_position) & (velocity < 0)] = 0
+    return state, (position >= env.goal_position) & (velocity >= env.goal_velocity)
 
 
 def step_pendulum(env: Any, state: np.ndarray, action: np.ndarray, first: np.ndarray):
@@ -111,7 +115,13 @@ def step_acrobot(env: Any, state: np.ndarray, action: np.ndarray, first: np.ndar
 
 def acrobot_derivative(env: Any, state: np.ndarray, torque: np.ndarray) -> np.ndarray:
     """(4, N) time derivatives, as in Sutton and Barto's book."""
-    m1, m2, l1, lc1, lc2 = env.LINK_MASS_1, env.LINK_MASS_2, env.LINK_LENGTH_1, env.LINK_COM_POS_1, env.LINK_COM_POS_2
+    m1, m2, l1, lc1, lc2 = (
+        env.LINK_MASS_1,
+        env.LINK_MASS_2,
+        env.LINK_LENGTH_1,
+        env.LINK_COM_POS_1,
+        env.LINK_COM_POS_2,
+    )
     moment, g, (theta1, theta2, dtheta1, dtheta2) = env.LINK_MOI, 9.8, state
     cos, sin = np.cos(theta2), np.sin(theta2)
     d1 = m1 * lc1**2 + m2 * (l1**2 + lc2**2 + 2 * l1 * lc2 * cos) + moment + moment
@@ -194,8 +204,8 @@ def serves(single: gym.Env) -> bool:
     """Whether the engine steps copies of `single`, from gym.make, exactly as Gymnasium would."""
     env: Any = single.unwrapped
     task = CLASSES.get(class_name(env))
-    if task is None or time_limit_of(single) is None or env.render_mode is not None:
-        return False
+    if task is None or time_limit_of(single) is None or env.render_mode is not None or np.__version__ < "2":
+        return False  # NumPy 1 gives float32 scalars another type
     return all(getattr(env, name) == value for name, value in task.as_it_is.items())
 
 

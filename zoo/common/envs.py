@@ -72,7 +72,9 @@ class GymnasiumVectorEnv(VectorEnv):
         """What `method` returned, with an observation that is an array of the space's shape; EnvironmentFault if it cannot be."""
         names = RETURNS[method]
         if not isinstance(result, tuple) or len(result) != len(names):
-            returned = f"{len(result)} values" if isinstance(result, tuple) else f"one {type(result).__name__}"
+            returned = (
+                f"{len(result)} values" if isinstance(result, tuple) else f"one {type(result).__name__}"
+            )
             self._fault(method, f"returned {returned}; right is {_signature(method)}")
         obs = result[0]
         if type(obs) is np.ndarray and obs.shape == self.obs_shape and obs.dtype.kind in "fiub":
@@ -82,10 +84,14 @@ class GymnasiumVectorEnv(VectorEnv):
         except ValueError:  # rows of different lengths
             array = np.array(None)
         if array.dtype.kind not in "fiub":
-            self._fault(method, f"returned as observation a {type(obs).__name__}, not numbers of shape {self.obs_shape}")
+            self._fault(
+                method,
+                f"returned as observation a {type(obs).__name__}, not numbers of shape {self.obs_shape}",
+            )
         if array.shape != self.obs_shape:
             self._fault(
-                method, f"returned an observation of shape {array.shape}, not {self.obs_shape} as its observation space says"
+                method,
+                f"returned an observation of shape {array.shape}, not {self.obs_shape} as its observation space says",
             )
         return (array, *result[1:])
 
@@ -105,8 +111,14 @@ class GymnasiumVectorEnv(VectorEnv):
     def _raised(self, method: str, error: Exception) -> NoReturn:
         message = " ".join(str(error).split())  # on one line
         # wrappers of the task unpack what it returns
-        hint = f"; right is {_signature(method)}" if "to unpack" in message or "unexpected keyword" in message else ""
-        raise EnvironmentFault(f"{self.env_id} raised {type(error).__name__} in {method}: {message}{hint}") from error
+        hint = (
+            f"; right is {_signature(method)}"
+            if "to unpack" in message or "unexpected keyword" in message
+            else ""
+        )
+        raise EnvironmentFault(
+            f"{self.env_id} raised {type(error).__name__} in {method}: {message}{hint}"
+        ) from error
 
     def _fault(self, method: str, message: str) -> NoReturn:
         raise EnvironmentFault(f"{self.env_id}: {method} {message}")

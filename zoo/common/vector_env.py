@@ -62,7 +62,11 @@ class VectorEnv:
         if isinstance(space, gym.spaces.Discrete):
             self.action_dim, self.action_start = int(space.n), int(space.start)
         elif isinstance(space, gym.spaces.Box):
-            self.action_dim, self.action_shape, self.action_dtype = int(np.prod(space.shape)), space.shape, space.dtype
+            self.action_dim, self.action_shape, self.action_dtype = (
+                int(np.prod(space.shape)),
+                space.shape,
+                space.dtype,
+            )
             self._low, self._high = (b.reshape(-1).astype(np.float64) for b in (space.low, space.high))
             self._whole = np.issubdtype(space.dtype, np.integer)
             finite = np.isfinite(self._low) & np.isfinite(self._high)
@@ -86,7 +90,9 @@ class VectorEnv:
         Raises ValueError where there is not one seed for each environment.
         """
         if len(seeds) != self.num_envs:
-            raise ValueError(f"reset takes one seed for each of {self.num_envs} environments, not {len(seeds)}")
+            raise ValueError(
+                f"reset takes one seed for each of {self.num_envs} environments, not {len(seeds)}"
+            )
         self._returns[:], self._lengths[:] = 0, 0
         return self._observed(self._restart(self._every, seeds), "observation at reset", self._every)
 
@@ -127,7 +133,9 @@ class VectorEnv:
         # A sum of squares is finite only if all of them are; one that overflowed is looked at closely
         if not np.isfinite(np.vdot(values, values)) and not np.isfinite(values).all():
             bad = int(index[np.argwhere(~np.isfinite(values))[0][0]])
-            raise EnvironmentFault(f"{self.env_id} returned a non-finite {what} in environment {bad} of {self.num_envs}")
+            raise EnvironmentFault(
+                f"{self.env_id} returned a non-finite {what} in environment {bad} of {self.num_envs}"
+            )
         return values
 
     def _restart(self, index: np.ndarray, seeds: Sequence[int] | None) -> np.ndarray:
