@@ -100,7 +100,7 @@ def test_the_collected_action_is_what_was_acted_and_what_act_saw_is_the_obs():
 @pytest.mark.parametrize("engine", ["classic", "gymnasium"])
 @pytest.mark.parametrize("vectorize", [False, True])
 def test_cartpole_equals_gymnasiums(vectorize, engine):
-    """Seeds and actions alike: a loop with a manual reset, and SyncVectorEnv in the mode without filler rows."""
+    """Seeds and actions alike: a loop with a manual reset, and SyncVectorEnv where it has no filler rows."""
     n, steps = 3, 300
     actions = np.random.default_rng(0).integers(0, 2, (steps, n))
     envs = make_envs("CartPole-v1", n, engine)

@@ -76,7 +76,7 @@ def test_trajectories_equal_gymnasium(env_id, parameters):
             np.testing.assert_array_equal(
                 getattr(ours, field), getattr(theirs, field), f"{field} at step {t}"
             )
-        # Of a matrix's row NumPy rounds Reacher's norm and the pendulum's squares otherwise than of one vector
+        # NumPy rounds Reacher's norm and the pendulum's squares otherwise for many rows than for one
         last_bit = 1e-14 if env_id.startswith(("Reacher", "InvertedDouble")) else 0
         np.testing.assert_allclose(ours.reward, theirs.reward, rtol=0, atol=last_bit)
         assert [length for _, length in ours.episodes] == [length for _, length in theirs.episodes]

@@ -74,7 +74,7 @@ def observe_ant(env: Any, v5: bool, sim: SimpleNamespace) -> np.ndarray:
 
 
 def observe_humanoid(env: Any, v5: bool, sim: SimpleNamespace) -> np.ndarray:
-    """(N, 348), v4 (N, 376): v5 drops the world's rows and the root's six forces; each part can be left out."""
+    """(N, 348), v4 (N, 376): v5 drops the world's rows and the root's six forces, and lets parts out."""
     world = int(v5)
     parts = {"cinert": sim.cinert[:, world:], "cvel": sim.cvel[:, world:]}
     parts |= {"qfrc_actuator": sim.qfrc_actuator[:, 6 * world :], "cfrc_ext": sim.cfrc_ext[:, world:]}

@@ -119,7 +119,8 @@ class ReplayBuffer:
         if ours != theirs:
             raise UsageError(
                 f"--buffer-size, --num-envs: {ours[0] - 1} steps of {ours[1]} environments do not fit the "
-                f"checkpoint's replay buffer of {theirs[0] - 1} steps of {theirs[1]}; resume without these arguments"
+                f"checkpoint's replay buffer of {theirs[0] - 1} steps of {theirs[1]}; resume without these "
+                "arguments"
             )
         for name in RING:
             getattr(self, name)[: len(state[name])] = state[name]
