@@ -49,7 +49,7 @@ from zoo.common.normalize import normalize
 from zoo.common.optim import adam, new_adam
 from zoo.common.run import Run
 from zoo.common.state import portable
-from zoo.kl import ESTIMATORS, in_reward
+from zoo.common.kl import ESTIMATORS, in_reward
 from zoo.reinforce import collect_episodes, leave_one_out, returns_to_go
 
 STAGES = {"CartPole-v1": (4_096, 16_384, 49_152), "HalfCheetah-v4": (50_000, 300_000, 1_000_000)}

@@ -21,7 +21,7 @@ Advantages are recomputed with the improving critic before each epoch (Andrychow
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +49,8 @@ from zoo.common.seeding import env_seeds, generator_seed
 
 @dataclass
 class Args(RunArgs):
+    kept: ClassVar = (*RunArgs.kept, "hidden", "shared_network", "log_std", "kl_coef")
+
     num_envs: int = 64  # environments stepped together, N
     num_steps: int = 32  # steps of each environment between updates, T; a batch is N x T transitions
     num_epochs: int = 10  # passes over a batch

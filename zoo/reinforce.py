@@ -31,25 +31,29 @@ is that of the time-limited task.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value
-from torch.utils._pytree import tree_map
 
-from zoo.common.cli import RunArgs, check_args, main, require
-from zoo.common.device import compile_function, flatten, restore_generator, setup
+from zoo.common.args import RunArgs, check_args, require
+from zoo.common.cli import main
+from zoo.common.device import compile_function, flatten, loader, setup
 from zoo.common.envs import VectorEnv, make_envs
 from zoo.common.errors import RunFault
-from zoo.common.normalize import new_stats, normalize, update_stats
-from zoo.common.optim import adam, new_adam
-from zoo.common.run import MAX_EPISODE, Policy, Run
+from zoo.common.evaluate import MAX_EPISODE, Evaluation, Policy
+from zoo.common.normalize import Stats, new_stats, normalize, normalizer, return_scale, update_stats
+from zoo.common.optim import Moments, adam, new_adam
+from zoo.common.run import Run
+from zoo.common.seeding import env_seeds, generator_seed
 
 
 @dataclass
 class Args(RunArgs):
+    kept: ClassVar = (*RunArgs.kept, "hidden", "shared_network", "log_std")
+
     num_envs: int = 4  # environments, and episodes in a batch: each plays one
     returns: Literal["total", "to-go"] = "to-go"  # what an action is credited with: the whole return, or what followed it
     baseline: Literal["none", "mean", "optimal", "value"] = "value"  # what is subtracted from it
@@ -65,6 +69,7 @@ class Args(RunArgs):
     log_std: float = -0.5  # initial log standard deviation of a Gaussian policy, in units of half the action range
     normalize_obs: bool = True  # observations by their running mean and standard deviation
     scale_returns: bool = True  # returns by their running standard deviation
+    report_every: int = 2048  # environment steps between reports (rounded up to whole batches)
 
 
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
@@ -139,20 +144,27 @@ def trunk(inputs: int, hidden: tuple[int, ...]) -> nn.Sequential:
 
 
 class ActorCritic(nn.Module):
-    """obs (B, D) -> the policy's distribution and V (B,)."""
+    """obs (..., D) -> the policy's distribution and V (...)."""
 
     def __init__(self, envs: VectorEnv, hidden: tuple[int, ...], log_std: float, shared: bool):
         super().__init__()
         self.policy_trunk = trunk(envs.obs_dim, hidden)
         self.value_trunk = self.policy_trunk if shared else trunk(envs.obs_dim, hidden)
-        self.policy_head = layer(hidden[-1], envs.action_dim, 0.01)  # near-uniform or near-zero-mean actions at the start
+        self.policy_head = layer(
+            hidden[-1], envs.action_dim, 0.01
+        )  # near-uniform or near-zero-mean actions at the start
         self.value_head = layer(hidden[-1], 1, 1.0)
         self.log_std = None if envs.discrete else nn.Parameter(torch.full((envs.action_dim,), log_std))
 
-    def forward(self, obs: Tensor) -> tuple[Gaussian | Categorical, Tensor]:
+    def policy(self, obs: Tensor) -> Gaussian | Categorical:
         output = self.policy_head(self.policy_trunk(obs))
-        dist = Categorical(output) if self.log_std is None else Gaussian(output, self.log_std)
-        return dist, self.value_head(self.value_trunk(obs)).squeeze(-1)
+        return Categorical(output) if self.log_std is None else Gaussian(output, self.log_std)
+
+    def value(self, obs: Tensor) -> Tensor:
+        return self.value_head(self.value_trunk(obs)).squeeze(-1)
+
+    def forward(self, obs: Tensor) -> tuple[Gaussian | Categorical, Tensor]:
+        return self.policy(obs), self.value(obs)
 
 
 # --- estimators -----------------------------------------------------------------------------------------------------------
@@ -220,17 +232,43 @@ def policy_gradient(
 # --- losses ---------------------------------------------------------------------------------------------------------------
 
 
-def score_loss(params: Tensor, obs: Tensor, action: Tensor, weight: Tensor, forward) -> Tensor:
-    """sum_i weight_i log pi(a_i|s_i), whose gradient is the score sum; forward(params, obs) gives the distribution and V."""
+def score_loss(params: Tensor, obs: Tensor, action: Tensor, weight: Tensor, forward: Callable) -> Tensor:
+    """sum_i weight_i log pi(a_i|s_i), whose gradient is the score sum; forward gives the distribution and V."""
     return (weight * forward(params, obs)[0].log_prob(action)).sum()
 
 
-def fit_loss(params: Tensor, obs: Tensor, return_: Tensor, real: Tensor, forward) -> Tensor:
+def scores(forward: Callable, params: Tensor, obs: Tensor, action: Tensor, weight: Tensor) -> Tensor:
+    """sum_i weight_i grad log pi(a_i|s_i), (P,)."""
+    return grad(score_loss)(params, obs, action, weight, forward)
+
+
+def fit_loss(params: Tensor, obs: Tensor, return_: Tensor, real: Tensor, forward: Callable) -> Tensor:
     """Mean squared error of V to the returns over the rows that are real, 1 or 0, all (B, ...)."""
     return (real * (forward(params, obs)[1] - return_) ** 2).sum() / real.sum()
 
 
+def fit_value(
+    forward: Callable, params: Tensor, opt: Moments, obs: Tensor, return_: Tensor, real: Tensor,
+    learning_rate: Tensor,
+) -> tuple[Tensor, Moments, Tensor]:  # fmt: skip
+    """A step of V towards the returns, a pure function: the new parameters and optimiser, and the loss."""
+    gradient, loss = grad_and_value(fit_loss)(params, obs, return_, real, forward)
+    params, opt = adam(params, gradient, opt, learning_rate)
+    return params, opt, loss
+
+
 # --- the run --------------------------------------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """What a run goes on from: everything that training changes, by name."""
+
+    params: Tensor
+    opt: Moments
+    value_opt: Moments
+    obs_stats: Stats
+    return_stats: Stats
+    generator: torch.Generator
 
 
 class Episodes(NamedTuple):
@@ -244,17 +282,19 @@ class Episodes(NamedTuple):
     truncated: Tensor  # (N,) the episode ended by a time limit
 
 
-def collect_episodes(envs: VectorEnv, seed: int, act, generator: torch.Generator) -> tuple[Episodes, list]:
-    """Play one whole episode in every environment by `act(obs, noise)`; the rows, and the episodes' returns and lengths."""
+def collect_episodes(
+    envs: VectorEnv, seeds: list[int], policy, generator: torch.Generator
+) -> tuple[Episodes, list]:
+    """Play one whole episode in every environment by samples of `policy(obs)`; also their returns and lengths."""
     device, rows = generator.device, list[tuple]()
-    obs, alive, totals = envs.reset(seed), np.ones(envs.num_envs, dtype=bool), np.zeros(envs.num_envs)
+    obs, alive, totals = envs.reset(seeds), np.ones(envs.num_envs, dtype=bool), np.zeros(envs.num_envs)
     last_obs, truncated = obs.copy(), np.zeros(envs.num_envs, dtype=bool)
     while alive.any():
         if len(rows) % 64 == 0:
             noise = draw_noise(envs, 64, envs.num_envs, generator=generator)
         if len(rows) == MAX_EPISODE:
             raise RunFault(f"{envs.env_id}: an episode did not end in {MAX_EPISODE:,} steps; add a time limit")
-        action = act(torch.as_tensor(obs, device=device), noise[len(rows) % 64]).cpu().numpy()
+        action = policy(obs).sample(noise[len(rows) % 64]).cpu().numpy()
         step = envs.step(action)
         rows.append((obs, action, step.reward.astype(np.float32), alive))
         totals += step.reward * alive
@@ -266,6 +306,19 @@ def collect_episodes(envs: VectorEnv, seed: int, act, generator: torch.Generator
     return Episodes(*(columns + ends)), list(zip(totals.tolist(), columns[3].sum(0).tolist(), strict=True))
 
 
+def policy_at(net: ActorCritic, obs_stats: Stats) -> Callable[[np.ndarray], Gaussian | Categorical]:
+    """Observations (N, D) to the distribution of actions, by the parameters that are in `net`.
+
+    Runs as it stands: a compiled call costs more than the few products of a single step.
+    """
+    device, seen = obs_stats["mean"].device, normalizer(obs_stats)
+
+    def policy(obs: np.ndarray) -> Gaussian | Categorical:
+        return net.policy(seen(torch.as_tensor(obs, device=device)))
+
+    return policy
+
+
 def pieces(columns: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...]]:
     """Rows in pieces of `size`, the last one filled up with zeros, so that compiled code sees a single shape."""
     missing = -len(columns[0]) % size
@@ -273,24 +326,24 @@ def pieces(columns: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...
     return zip(*(column.split(size) for column in padded), strict=True)
 
 
-def make_policy(envs: VectorEnv, args: Args, acting: dict) -> Policy:
-    """The deterministic policy of what an agent.pt holds: observations (B, D) to the modes of their action distributions."""
-    device = acting["params"].device
-    net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(device)
-    params = flatten(net)[1](acting["params"])
+def acting(state: State) -> dict:
+    """What acting needs, and nothing else: an agent.pt."""
+    return {"params": state.params, "obs_stats": state.obs_stats}
 
-    def policy(obs: np.ndarray) -> np.ndarray:
-        seen = normalize(torch.as_tensor(obs, device=device), acting["obs_stats"])
-        return functional_call(net, params, (seen,))[0].mode().cpu().numpy()
 
-    return policy
+def make_policy(envs: VectorEnv, args: Args, agent: dict) -> Policy:
+    """The deterministic policy of what an agent.pt holds: observations (N, D) to their distributions' modes."""
+    net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(agent["params"].device)
+    loader(net)(agent["params"])
+    policy = policy_at(net, agent["obs_stats"])
+    return lambda obs: policy(obs).mode().cpu().numpy()
 
 
 def check(args: Args) -> None:
     """Refuse arguments that cannot work together."""
     check_args(
         args,
-        at_least_1=("minibatch_size", "value_epochs", "hidden"),
+        at_least_1=("minibatch_size", "value_epochs", "report_every", "hidden"),
         fractions=("gamma",),
         positive=("learning_rate", "value_learning_rate"),
         finite=("log_std",),
@@ -310,83 +363,76 @@ def train(args: Args) -> float:
     check(args)
     device = setup(args.device, args.threads)
     envs = make_envs(args.env, args.num_envs, threads=args.env_threads)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(generator_seed(args.seed, "network"))
     net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(device)
     params, unflatten = flatten(net)
-    generator = torch.Generator(device).manual_seed(args.seed)
 
     def forward(params, obs):
         return functional_call(net, unflatten(params), (obs,))
 
-    def act(params, obs_stats, obs, noise):
-        return forward(params, normalize(obs, obs_stats))[0].sample(noise)
-
-    def scores(params, obs, action, weight):
-        return grad(score_loss)(params, obs, action, weight, forward)
-
-    def fit(params, opt, obs, return_, real, learning_rate):
-        """A step of V towards the returns."""
-        gradient, loss = grad_and_value(fit_loss)(params, obs, return_, real, forward)
-        params, opt = adam(params, gradient, opt, learning_rate)
-        return params, opt, loss
-
-    def policy(obs):  # at the present parameters, without noise, for evaluations
-        return forward(params, normalize(torch.as_tensor(obs, device=device), obs_stats))[0].mode().cpu().numpy()
-
-    def snapshot():
-        return {
-            "params": params, "obs_stats": obs_stats, "opt": opt, "value_opt": value_opt, "return_stats": return_stats,
-            "generator": generator.get_state(),
-        }  # fmt: skip
-
-    act, scores, fit = (compile_function(f, device, args.compile) for f in (act, scores, fit))
+    compiled = (compile_function(partial(f, forward), device, args.compile) for f in (scores, fit_value))
+    (piece_scores, fit), load = compiled, loader(net)
 
     def score_sum(params, *rows):
-        return torch.stack([scores(params, *piece) for piece in pieces(rows, args.minibatch_size)]).sum(0)
+        return torch.stack([piece_scores(params, *piece) for piece in pieces(rows, args.minibatch_size)]).sum(0)
 
-    run = Run(args, "reinforce", envs, lambda: make_envs(args.env, args.eval_episodes, threads=args.env_threads))
-    obs_stats, opt, value_opt, return_stats = new_stats(envs.obs_dim), new_adam(params), new_adam(params), new_stats()
-    state = run.restore() or snapshot()
-    restore_generator(generator, state.pop("generator"), args.seed + run.step)
-    params, obs_stats, opt, value_opt, return_stats = tree_map(lambda x: x.to(device), tuple(state.values()))
+    run = Run(args, "reinforce", Evaluation(args, make_policy), engine=envs.engine)
+    generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "noise"))
+    obs_stats, return_stats = new_stats(envs.obs_dim, device=device), new_stats(device=device)
+    state = run.restore(State(params, new_adam(params), new_adam(params), obs_stats, return_stats, generator))
+    params, opt, value_opt, obs_stats, return_stats, generator = state
+    load(params)
     value_learning_rate = torch.tensor(args.value_learning_rate, device=device)
 
     while run.step < args.total_steps:
-        remaining = 1 - run.step / args.total_steps
-        learning_rate = torch.tensor(args.learning_rate * (remaining if args.anneal else 1.0), device=device)
-        seed = int(np.random.SeedSequence((args.seed, run.step)).generate_state(1)[0])  # every batch begins new episodes
-        episodes, ended = collect_episodes(envs, seed, partial(act, params, obs_stats), generator)
-        alive = episodes.alive
-        seen = episodes._replace(obs=normalize(episodes.obs, obs_stats))
+        step, ended, batches = run.step, [], []
+        while step < min(run.step + args.report_every, args.total_steps):
+            remaining = 1 - step / args.total_steps if args.anneal else 1.0
+            learning_rate = torch.tensor(args.learning_rate * remaining, device=device)
+            seeds = env_seeds(args.seed, "environments", args.num_envs, step)  # every batch begins new episodes
+            episodes, returns = collect_episodes(envs, seeds, policy_at(net, obs_stats), generator)
+            alive, old_scale = episodes.alive, return_scale(return_stats)
+            seen = episodes._replace(obs=normalize(episodes.obs, obs_stats))
 
-        # V is in units of the returns' standard deviation, that of the time when it was fitted
-        scale = (return_stats["var"] + 1e-8).sqrt().float()
-        dist, value = forward(params, seen.obs.flatten(0, 1))
-        value, entropy = scale * value.view(alive.shape), dist.entropy().view(alive.shape)[alive].mean()
-        tail = scale * forward(params, normalize(episodes.last_obs, obs_stats))[1] * episodes.truncated
-        tail = tail if args.baseline == "value" else torch.zeros_like(tail)
-        return_ = returns_to_go(episodes.reward, alive, tail, args.gamma)
-        if args.scale_returns:
-            return_stats = update_stats(return_stats, return_[alive])
-            scale = (return_stats["var"] + 1e-8).sqrt().float()
-        gradient, advantage = policy_gradient(partial(score_sum, params), seen, return_ / scale, value / scale, args)
-        metrics = {"entropy": entropy, "grad_norm": gradient.norm(), "advantage_std": advantage[alive].std(correction=0)}
-        params, opt = adam(params, -gradient, opt, learning_rate)
-        if args.baseline == "value":
-            rows, losses = (seen.obs[alive], return_[alive] / scale, torch.ones_like(return_[alive])), []
-            for _ in range(args.value_epochs):
-                order = torch.randperm(len(rows[0]), generator=generator, device=device)
-                for piece in pieces(tuple(column[order] for column in rows), args.minibatch_size):
-                    params, value_opt, loss = fit(params, value_opt, *piece, value_learning_rate)
-                    losses.append(loss)
-            unexplained = (return_ - value)[alive].var(correction=0) / (return_[alive].var(correction=0) + 1e-8)
-            metrics |= {"value_loss": torch.stack(losses).mean(), "explained_variance": 1 - unexplained}
-        if args.normalize_obs:
-            obs_stats = update_stats(obs_stats, episodes.obs[alive])
+            # V is in units of the returns' standard deviation, that of the time when it was fitted
+            dist, value = net(seen.obs.flatten(0, 1))
+            value, entropy = old_scale * value.view(alive.shape), dist.entropy().view(alive.shape)[alive].mean()
+            tail = torch.zeros_like(value[0])
+            if args.baseline == "value":
+                last_value = old_scale * net.value(normalize(episodes.last_obs, obs_stats))
+                tail = last_value * episodes.truncated
+            return_ = returns_to_go(episodes.reward, alive, tail, args.gamma)
+            if args.scale_returns:
+                return_stats = update_stats(return_stats, return_[alive])
+            scale = return_scale(return_stats)
 
-        steps = run.step + int(alive.sum())
-        run.report(steps, snapshot(), metrics | {"learning_rate": learning_rate}, ended, policy)
-    return run.finish(snapshot(), policy, {"params": params, "obs_stats": obs_stats})
+            gradient, advantage = policy_gradient(
+                partial(score_sum, params), seen, return_ / scale, value / scale, args
+            )
+            params, opt = adam(params, -gradient, opt, learning_rate)
+            log = {"entropy": entropy, "grad_norm": gradient.norm()}
+            log |= {"advantage_std": advantage[alive].std(correction=0)}
+            if args.baseline == "value":
+                losses, rows = [], (seen.obs[alive], return_[alive] / scale, torch.ones_like(return_[alive]))
+                for _ in range(args.value_epochs):
+                    order = torch.randperm(len(rows[0]), generator=generator, device=device)
+                    for piece in pieces(tuple(column[order] for column in rows), args.minibatch_size):
+                        params, value_opt, loss = fit(params, value_opt, *piece, value_learning_rate)
+                        losses.append(loss)
+                unexplained = (return_ - value)[alive].var(correction=0) / (return_[alive].var(correction=0) + 1e-8)
+                log |= {"value_loss": torch.stack(losses).mean(), "explained_variance": 1 - unexplained}
+            if args.normalize_obs:
+                obs_stats = update_stats(obs_stats, episodes.obs[alive])
+            load(params)
+            batches.append(log)
+            ended += returns
+            step += int(alive.sum())
+
+        means = {name: torch.stack([log[name] for log in batches]).mean() for name in log}
+        state = State(params, opt, value_opt, obs_stats, return_stats, generator)
+        run.report(step, state, acting(state), means | {"learning_rate": learning_rate}, ended)
+    envs.close()
+    return run.finish(state, acting(state))
 
 
 if __name__ == "__main__":

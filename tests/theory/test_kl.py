@@ -9,7 +9,7 @@ from exact import F64, close, error
 from torch.func import grad, jacrev
 
 from zoo import ppo, trpo
-from zoo.kl import (
+from zoo.common.kl import (
     ESTIMATORS,
     categorical_kl,
     categorical_kl_gradient,

@@ -4,7 +4,7 @@ import torch
 from exact import F64, close
 from torch.func import grad
 
-from zoo.kl import categorical_kl, in_reward, k1
+from zoo.common.kl import categorical_kl, in_reward, k1
 from zoo.ppo import Categorical
 
 REF = torch.tensor([0.3, -0.8, 1.1, 0.0, -2.0], dtype=F64)

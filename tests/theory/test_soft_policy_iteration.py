@@ -6,7 +6,7 @@ from exact import F64, close, random_mdps
 from torch.func import grad
 
 from zoo import sac
-from zoo.kl import categorical_kl
+from zoo.common.kl import categorical_kl
 from zoo.ppo import Categorical
 
 ALPHA = 0.5
