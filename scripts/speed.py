@@ -237,7 +237,7 @@ def compare_engines(args: Args) -> None:
     for num_envs in (8, 64):
         own = make_envs(args.env, num_envs)
         sync = gym.vector.SyncVectorEnv([lambda: make_single(args.env)] * num_envs)
-        own.reset(0)
+        own.reset(range(own.num_envs))
         sync.reset(seed=0)
         times = 16_384 // num_envs
         if own.discrete:
