@@ -1,24 +1,26 @@
 """Advantage actor-critic (Mnih et al. 2016, arXiv:1602.01783; synchronous, "A2C"), one file.
 
-REINFORCE waits for an episode's end; here a critic V stands for the rewards still to come, so that N environments update
-every T steps. The policy follows sum_t grad log pi(a_t|s_t) A_t, with an advantage that trusts the critic more or less:
+REINFORCE waits for an episode's end; here a critic V stands for the rewards still to come, so that N
+environments update every T steps. The policy follows sum_t grad log pi(a_t|s_t) A_t, with an advantage that
+trusts the critic more or less:
 
     td       A_t = delta_t = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)
-    n-step   A_t = r_t + gamma r_{t+1} + ... + gamma^n V(s_{t+n}) - V(s_t)     up to the rollout's or the episode's end
+    n-step   A_t = r_t + gamma r_{t+1} + ... + gamma^n V(s_{t+n}) - V(s_t)   to the rollout's or episode's end
     gae      A_t = delta_t + gamma lambda (1 - ended_t) A_{t+1}                ended = terminated or truncated
 
-s_{t+1} is the true successor: a time limit cuts the sums but bootstraps, a termination does not. V's target is A_t + V(s_t).
+s_{t+1} is the true successor: a time limit cuts the sums but bootstraps, a termination does not. V's target
+is A_t + V(s_t).
 
-    loss     = -E[ w_t A_t ] + c1 E[(V(s_t) - target)^2] - c2 E[H(pi(.|s_t))]      w_t = pi(a_t|s_t) / pi_old(a_t|s_t)
+    loss     = -E[ w_t A_t ] + c1 E[(V(s_t) - target)^2] - c2 E[H(pi(.|s_t))]   w_t = pi(a_t|s_t) / pi_old(a_t|s_t)
 
 The gradient of w_t is w_t grad log pi(a_t|s_t): the policy gradient in the first epoch, where w = 1, and with
---off-policy-epochs K > 1 its importance-weighted form for a batch of an older policy. Nothing but hope keeps w near 1:
-effective_sample_size, (sum w)^2 / (n sum w^2), says what share of the batch still counts. TRPO and PPO limit w.
-The weight corrects the action at s_t only, not how often pi would have come to s_t.
+--off-policy-epochs K > 1 its importance-weighted form for a batch of an older policy. Nothing but hope keeps
+w near 1: effective_sample_size, (sum w)^2 / (n sum w^2), says what share of the batch still counts. TRPO and
+PPO limit w. The weight corrects the action at s_t only, not how often pi would have come to s_t.
 
-    python zoo/actor_critic.py --env HalfCheetah-v4
-    python zoo/actor_critic.py --env CartPole-v1 --advantage td
-    python zoo/actor_critic.py --optimizer rmsprop --learning-rate 7e-4 --num-envs 16 --num-steps 5 --entropy-coef 0.01
+    python zoo/actor_critic.py --env HalfCheetah-v4 python zoo/actor_critic.py --env CartPole-v1 --advantage
+    td python zoo/actor_critic.py --optimizer rmsprop --learning-rate 7e-4 --num-envs 16 --num-steps 5
+    --entropy-coef 0.01
 """
 
 from collections.abc import Callable
@@ -57,7 +59,9 @@ class Args(RunArgs):
     num_steps: int = 8  # steps of each environment between updates, T; a batch is N x T transitions
     advantage: Literal["td", "n-step", "gae"] = "gae"  # how far rewards are trusted before the critic is
     off_policy_epochs: int = 1  # updates on each batch, weighted by the importance ratio
-    optimizer: Literal["adam", "rmsprop"] = "adam"  # RMSprop, A3C's, starts with leaps ten learning rates long
+    optimizer: Literal["adam", "rmsprop"] = (
+        "adam"  # RMSprop, A3C's, starts with leaps ten learning rates long
+    )
     learning_rate: float = 2e-3  # the optimiser's
     anneal: bool = True  # let the learning rate fall linearly to 0 over the run
     gamma: float = 0.99  # discount
@@ -67,10 +71,14 @@ class Args(RunArgs):
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
     shared_network: bool = False  # one trunk for policy and value instead of two
-    log_std: float = -0.5  # initial log standard deviation of a Gaussian policy, in units of half the action range
+    log_std: float = (
+        -0.5
+    )  # initial log standard deviation of a Gaussian policy, in units of half the action range
     normalize_obs: bool = True  # observations by their running mean and standard deviation
     scale_rewards: bool = True  # rewards by the running standard deviation of the discounted return
-    report_every: int = 2048  # environment steps between reports (rounded to whole updates), which would outweigh an update
+    report_every: int = (
+        2048  # environment steps between reports (rounded to whole updates), which would outweigh an update
+    )
 
 
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
@@ -84,7 +92,7 @@ SETTINGS: dict[str, dict] = {
 }  # fmt: skip
 
 
-# --- networks and distributions -------------------------------------------------------------------------------------------
+# --- networks and distributions -----------------------------------------------------------------------------
 
 
 class Gaussian(NamedTuple):
@@ -127,7 +135,7 @@ class Categorical(NamedTuple):
 
 
 def draw_noise(envs: VectorEnv, *shape: int, generator: torch.Generator) -> Tensor:
-    """The randomness of actions, drawn ahead so that acting is a pure function: standard normal or Gumbel (*shape, A)."""
+    """The randomness of actions, drawn ahead of acting: standard normal or Gumbel, (*shape, A)."""
     noise = torch.empty(*shape, envs.action_dim, device=generator.device)
     if envs.discrete:
         return -noise.exponential_(generator=generator).log()
@@ -172,7 +180,7 @@ class ActorCritic(nn.Module):
         return self.policy(obs), self.value(obs)
 
 
-# --- estimators -----------------------------------------------------------------------------------------------------------
+# --- estimators ---------------------------------------------------------------------------------------------
 
 
 def td(reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, gamma: float) -> Tensor:
@@ -180,10 +188,14 @@ def td(reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, ga
     return reward + gamma * next_value * ~terminated - value
 
 
-def n_step(reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor, gamma: float) -> Tensor:
-    """The n-step return less V (T, N) (S3 5.10): n reaches to the end of the rollout or of the episode; all inputs (T, N).
+def n_step(
+    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor, gamma: float
+) -> Tensor:
+    """The n-step return less V (T, N) (S3 5.10): n reaches to the end of the rollout or of the episode; all
+    inputs (T, N).
 
-    next_value[t] is V of the true successor of step t, which follows the last reward unless the episode terminated there.
+    next_value[t] is V of the true successor of step t, which follows the last reward unless the episode
+    terminated there.
     """
     return_, running = torch.empty_like(reward), next_value[-1]
     for t in reversed(range(len(reward))):
@@ -193,18 +205,14 @@ def n_step(reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor
 
 
 def gae(
-    reward: Tensor,
-    value: Tensor,
-    next_value: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
-    gamma: float,
-    lam: float,
-) -> Tensor:
-    """Generalised advantage estimates (T, N) (Schulman et al. 2016, arXiv:1506.02438, eq. 16); all inputs (T, N).
+    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor,
+    gamma: float, lam: float,
+) -> Tensor:  # fmt: skip
+    """Generalised advantage estimates (T, N) (Schulman et al. 2016, arXiv:1506.02438, eq. 16) of (T, N).
 
-    next_value[t] is V of the true successor of step t. The recursion is cut at every episode's end; the bootstrap
-    gamma * next_value only at terminations, because a time limit does not make the future worthless.
+    next_value[t] is V of the true successor of step t. The recursion is cut at every episode's end; the
+    bootstrap gamma * next_value only at terminations, because a time limit does not make the future
+    worthless.
     """
     delta = reward + gamma * next_value * ~terminated - value
     decay = gamma * lam * ~(terminated | truncated)
@@ -216,15 +224,15 @@ def gae(
 
 
 def effective_sample_size(weight: Tensor) -> Tensor:
-    """(sum w)^2 / (n sum w^2) of importance weights (n,): 1 when all are equal, 1 / n when one outweighs the others."""
+    """(sum w)^2 / (n sum w^2) of importance weights (n,): from 1 / n, where one outweighs all, to 1."""
     return weight.sum() ** 2 / (len(weight) * (weight**2).sum())
 
 
-# --- losses ---------------------------------------------------------------------------------------------------------------
+# --- losses -------------------------------------------------------------------------------------------------
 
 
-class Batch(NamedTuple):
-    """Transitions, (B, ...) each, with what the policy that acted said of them, and what is to be learnt from them."""
+class Transitions(NamedTuple):
+    """Transitions, (B, ...) each, what the policy that acted said of them, and what they teach."""
 
     obs: Tensor
     action: Tensor
@@ -234,7 +242,7 @@ class Batch(NamedTuple):
 
 
 def actor_critic_loss(
-    params: Tensor, batch: Batch, forward: Callable, args: Args
+    params: Tensor, batch: Transitions, forward: Callable, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The module's loss and what to log of it; forward(params, obs) gives the distribution and V."""
     dist, value = forward(params, batch.obs)
@@ -247,7 +255,7 @@ def actor_critic_loss(
     return pg_loss + args.value_coef * v_loss - args.entropy_coef * entropy, metrics
 
 
-# --- the update -----------------------------------------------------------------------------------------------
+# --- the update ---------------------------------------------------------------------------------------------
 
 
 class Rollout(NamedTuple):
@@ -274,7 +282,7 @@ def estimate(rollout: Rollout, value: Tensor, next_value: Tensor, args: Args) ->
 def learn(
     forward: Callable, args: Args, params: Tensor, opt: Moments, rollout: Rollout, learning_rate: Tensor
 ) -> tuple[Tensor, Moments, dict[str, Tensor]]:
-    """The updates from a rollout as the networks see it, a pure function: the new parameters and optimiser, metrics."""
+    """The updates from a rollout as the networks see it: the new parameters and optimiser, and metrics."""
     optimize = adam if args.optimizer == "adam" else rmsprop
     obs, next_obs, action = (x.flatten(0, 1) for x in (rollout.obs, rollout.next_obs, rollout.action))
     log_prob = forward(params, obs)[0].log_prob(action)
@@ -282,7 +290,7 @@ def learn(
         value, next_value = (forward(params, x)[1].view_as(rollout.reward) for x in (obs, next_obs))
         advantage = estimate(rollout, value, next_value, args)
         return_ = advantage + value
-        batch = Batch(obs, action, log_prob, advantage.flatten(), return_.flatten())
+        batch = Transitions(obs, action, log_prob, advantage.flatten(), return_.flatten())
         grad, (_, metrics) = grad_and_value(actor_critic_loss, has_aux=True)(params, batch, forward, args)
         grad, grad_norm = clip_grad(grad, args.max_grad_norm)
         params, opt = optimize(params, grad, opt, learning_rate)
@@ -290,7 +298,7 @@ def learn(
     return params, opt, metrics | {"grad_norm": grad_norm, "explained_variance": 1 - unexplained}
 
 
-# --- the run --------------------------------------------------------------------------------------------------
+# --- the run ------------------------------------------------------------------------------------------------
 
 
 class State(NamedTuple):
@@ -317,7 +325,7 @@ def policy_at(net: ActorCritic, obs_stats: Stats) -> Callable[[np.ndarray], Gaus
 
 
 def collect(envs: VectorEnv, obs: np.ndarray, policy, noise: Tensor) -> tuple[Rollout, np.ndarray, list]:
-    """Act by samples of `policy(obs)` for T steps from `obs`; the rollout, where to go on from, the episodes ended."""
+    """Act by samples of `policy(obs)` for T steps; the rollout, the next observations, episodes ended."""
     rows, episodes = [], []
     for step_noise in noise:
         action = policy(obs).sample(step_noise).cpu().numpy()
@@ -336,14 +344,11 @@ def as_seen(
 ) -> tuple[Rollout, Stats, Stats, Tensor]:
     """The rollout as the networks see it, and the statistics with it counted in.
 
-    Observations are normalised as they were when they were acted on; rewards are scaled with their own sums counted.
-    sums (N,) are each environment's discounted rewards so far, which the next rollout goes on from.
+    Observations are normalised as they were when they were acted on; rewards are scaled with their own sums
+    counted. sums (N,) are each environment's discounted rewards so far, which the next rollout goes on from.
     """
-    obs, next_obs, reward = (
-        normalize(rollout.obs, obs_stats),
-        normalize(rollout.next_obs, obs_stats),
-        rollout.reward,
-    )
+    obs, next_obs = normalize(rollout.obs, obs_stats), normalize(rollout.next_obs, obs_stats)
+    reward = rollout.reward
     if args.scale_rewards:
         ended = rollout.terminated | rollout.truncated
         all_sums, sums = discounted_sums(reward, ended, sums, args.gamma)
@@ -360,7 +365,7 @@ def acting(state: State) -> dict:
 
 
 def make_policy(envs: VectorEnv, args: Args, agent: dict) -> Policy:
-    """The deterministic policy of what an agent.pt holds: observations (N, D) to their distributions' modes."""
+    """The deterministic policy of what an agent.pt holds: observations (N, D) to modes."""
     net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(agent["params"].device)
     loader(net)(agent["params"])
     policy = policy_at(net, agent["obs_stats"])

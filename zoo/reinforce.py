@@ -2,27 +2,29 @@
 
 Play N episodes with the policy, and make every action likelier in proportion to the return that came with it:
 
-    total    g = 1/N sum_episodes sum_t  grad log pi(a_t|s_t)         (R(tau) - b)    R(tau) = sum_t gamma^t r_t
-    to-go    g = 1/N sum_episodes sum_t  grad log pi(a_t|s_t) [gamma^t] (R_t  - b)    R_t = r_t + gamma R_{t+1}
+    total    g = 1/N sum_episodes sum_t  grad log pi(a_t|s_t)         (R(tau) - b)   R(tau) = sum_t gamma^t r_t
+    to-go    g = 1/N sum_episodes sum_t  grad log pi(a_t|s_t) [gamma^t] (R_t  - b)   R_t = r_t + gamma R_{t+1}
 
-An action cannot change the rewards before it, so to-go drops noise only. The factor gamma^t belongs to the gradient of the
-discounted objective; practice leaves it out, which is no function's gradient (Nota & Thomas 2020); --discount-weight keeps it.
+An action cannot change the rewards before it, so to-go drops noise only. The factor gamma^t belongs to the
+gradient of the discounted objective; practice leaves it out, which is no function's gradient (Nota & Thomas
+2020); --discount-weight keeps it.
 
 A baseline b that does not know a_t leaves the expectation as it is and lowers the variance:
 
     none     b = 0
     mean     the mean return of the other episodes of the batch
-    optimal  the constant of least variance. An episode's estimate is X - b Y with Y = sum_t grad log pi (its score) and
-             X = sum_t grad log pi R_t, so b* = E[X.Y] / E[|Y|^2]; for total, X = Y R(tau): b* = E[|Y|^2 R] / E[|Y|^2]
+    optimal  the constant of least variance. An episode's estimate is X - b Y with Y = sum_t grad log pi
+             (its score) and X = sum_t grad log pi R_t, so b* = E[X.Y] / E[|Y|^2]; for total, X = Y R(tau): b* = E[|Y|^2 R] /
+             E[|Y|^2]
     value    V(s_t), fitted to the returns of earlier batches (for total: V(s_0))
 
-mean and optimal leave out the episode they are used on: with its own return inside, the estimate would be biased (by the
-factor 1 - 1/N for the mean). Every environment plays exactly one episode a batch and waits for the longest, because the first
-to end are the short ones. What an environment does while it waits is neither used nor counted as steps; the last batch may
-reach beyond --total-steps.
+mean and optimal leave out the episode they are used on: with its own return inside, the estimate would be
+biased (by the factor 1 - 1/N for the mean). Every environment plays exactly one episode a batch and waits for
+the longest, because the first to end are the short ones. What an environment does while it waits is neither
+used nor counted as steps; the last batch may reach beyond --total-steps.
 
-An episode cut by a time limit misses its tail. With --baseline value the tail is V(true successor); without a V the return
-is that of the time-limited task.
+An episode cut by a time limit misses its tail. With --baseline value the tail is V(true successor); without a
+V the return is that of the time-limited task.
 
     python zoo/reinforce.py --env CartPole-v1
     python zoo/reinforce.py --env HalfCheetah-v4 --baseline mean
@@ -55,7 +57,9 @@ class Args(RunArgs):
     kept: ClassVar = (*RunArgs.kept, "hidden", "shared_network", "log_std")
 
     num_envs: int = 4  # environments, and episodes in a batch: each plays one
-    returns: Literal["total", "to-go"] = "to-go"  # what an action is credited with: the whole return, or what followed it
+    returns: Literal["total", "to-go"] = (
+        "to-go"  # what an action is credited with: the whole return, or what followed it
+    )
     baseline: Literal["none", "mean", "optimal", "value"] = "value"  # what is subtracted from it
     discount_weight: bool = False  # weigh step t by gamma^t, as the exact gradient does
     learning_rate: float = 3e-3  # Adam's, for the policy's one step a batch
@@ -63,10 +67,14 @@ class Args(RunArgs):
     gamma: float = 0.99  # discount
     value_learning_rate: float = 1e-3  # Adam's, for V
     value_epochs: int = 10  # passes over a batch to fit V
-    minibatch_size: int = 512  # rows of a step of V's; the policy's gradient, too, is summed from pieces of this size
+    minibatch_size: int = (
+        512  # rows of a step of V's; the policy's gradient, too, is summed from pieces of this size
+    )
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
     shared_network: bool = False  # one trunk for policy and value instead of two
-    log_std: float = -0.5  # initial log standard deviation of a Gaussian policy, in units of half the action range
+    log_std: float = (
+        -0.5
+    )  # initial log standard deviation of a Gaussian policy, in units of half the action range
     normalize_obs: bool = True  # observations by their running mean and standard deviation
     scale_returns: bool = True  # returns by their running standard deviation
     report_every: int = 2048  # environment steps between reports (rounded up to whole batches)
@@ -79,7 +87,7 @@ SETTINGS: dict[str, dict] = {
 }  # fmt: skip
 
 
-# --- networks and distributions -------------------------------------------------------------------------------------------
+# --- networks and distributions -----------------------------------------------------------------------------
 
 
 class Gaussian(NamedTuple):
@@ -122,7 +130,7 @@ class Categorical(NamedTuple):
 
 
 def draw_noise(envs: VectorEnv, *shape: int, generator: torch.Generator) -> Tensor:
-    """The randomness of actions, drawn ahead so that acting is a pure function: standard normal or Gumbel (*shape, A)."""
+    """The randomness of actions, drawn ahead of acting: standard normal or Gumbel, (*shape, A)."""
     noise = torch.empty(*shape, envs.action_dim, device=generator.device)
     if envs.discrete:
         return -noise.exponential_(generator=generator).log()
@@ -167,14 +175,14 @@ class ActorCritic(nn.Module):
         return self.policy(obs), self.value(obs)
 
 
-# --- estimators -----------------------------------------------------------------------------------------------------------
+# --- estimators ---------------------------------------------------------------------------------------------
 
 
 def returns_to_go(reward: Tensor, alive: Tensor, tail: Tensor, gamma: float) -> Tensor:
     """R_t = r_t + gamma R_{t+1} (T, N) of one episode a column (S3 eq. 4); reward and alive (T, N).
 
-    alive marks the episode's rows, the rest of a column is filling. tail (N,) stands for what a time limit cut off: the value
-    of the state after the last row, 0 where the episode terminated or no value is known.
+    alive marks the episode's rows, the rest of a column is filling. tail (N,) stands for what a time limit
+    cut off: the value of the state after the last row, 0 where the episode terminated or no value is known.
     """
     return_, running = torch.empty_like(reward), tail
     for t in reversed(range(len(reward))):
@@ -186,7 +194,9 @@ def leave_one_out(numerator: Tensor, denominator: Tensor) -> Tensor:
     """For each of N episodes the ratio of the sums over all the others, 0 where those are 0 / 0; all (N,)."""
     others = 1 - torch.eye(len(numerator), dtype=numerator.dtype, device=numerator.device)
     # not the whole sum less its own: one dominant episode would leave nothing but rounding
-    return (others @ numerator) / (others @ denominator.to(numerator)).clamp(min=torch.finfo(numerator.dtype).tiny)
+    return (others @ numerator) / (others @ denominator.to(numerator)).clamp(
+        min=torch.finfo(numerator.dtype).tiny
+    )
 
 
 def mean_baseline(return_: Tensor, alive: Tensor) -> Tensor:
@@ -195,7 +205,7 @@ def mean_baseline(return_: Tensor, alive: Tensor) -> Tensor:
 
 
 def optimal_baseline(score_sum: Callable, episodes: "Episodes", return_: Tensor, discount: Tensor) -> Tensor:
-    """For each episode b* as the others estimate it (N,) (S3 Theorem 4.4, S4 2.2.4); return_ (T, N), discount (T, 1)."""
+    """For each episode b* as the others estimate it (N,) (S3 Theorem 4.4); discount is (T, 1)."""
     x, y = [], []
     for i, rows in enumerate(episodes.alive.T):
         obs, action, weight = episodes.obs[rows, i], episodes.action[rows, i], discount[rows, 0]
@@ -209,12 +219,15 @@ def policy_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The estimate g (P,) of the module's docstring, and the advantages R - b (T, N) in it.
 
-    score_sum(obs, action, weight) is sum_i weight_i grad log pi(a_i|s_i) (P,); return_ and value, V(obs), are (T, N).
+    score_sum(obs, action, weight) is sum_i weight_i grad log pi(a_i|s_i) (P,); return_ and value, V(obs), are
+    (T, N).
     """
     alive = episodes.alive
     steps = torch.arange(len(alive), device=alive.device, dtype=return_.dtype)[:, None]
     discount = (args.gamma if args.discount_weight else 1.0) ** steps
-    shared = slice(0, 1) if args.returns == "total" else slice(None)  # total: all rows share the first one's return
+    shared = (
+        slice(0, 1) if args.returns == "total" else slice(None)
+    )  # total: all rows share the first one's return
     return_, value, counted = return_[shared], value[shared], alive[shared]
     if args.baseline == "none":
         baseline = torch.zeros_like(value)
@@ -229,11 +242,11 @@ def policy_gradient(
     return score_sum(episodes.obs[alive], episodes.action[alive], weight[alive]), advantage
 
 
-# --- losses ---------------------------------------------------------------------------------------------------------------
+# --- losses -------------------------------------------------------------------------------------------------
 
 
 def score_loss(params: Tensor, obs: Tensor, action: Tensor, weight: Tensor, forward: Callable) -> Tensor:
-    """sum_i weight_i log pi(a_i|s_i), whose gradient is the score sum; forward gives the distribution and V."""
+    """sum_i weight_i log pi(a_i|s_i), whose gradient is the score sum."""
     return (weight * forward(params, obs)[0].log_prob(action)).sum()
 
 
@@ -257,7 +270,7 @@ def fit_value(
     return params, opt, loss
 
 
-# --- the run --------------------------------------------------------------------------------------------------------------
+# --- the run ------------------------------------------------------------------------------------------------
 
 
 class State(NamedTuple):
@@ -272,7 +285,7 @@ class State(NamedTuple):
 
 
 class Episodes(NamedTuple):
-    """N whole episodes, a column each, (T, N, ...) with T the longest one's length; filled up where `alive` is False."""
+    """N whole episodes, a column each, (T, N, ...), T the longest one's length; filling where not alive."""
 
     obs: Tensor
     action: Tensor
@@ -285,7 +298,7 @@ class Episodes(NamedTuple):
 def collect_episodes(
     envs: VectorEnv, seeds: list[int], policy, generator: torch.Generator
 ) -> tuple[Episodes, list]:
-    """Play one whole episode in every environment by samples of `policy(obs)`; also their returns and lengths."""
+    """Play an episode in every environment by samples of `policy(obs)`; also returns and lengths."""
     device, rows = generator.device, list[tuple]()
     obs, alive, totals = envs.reset(seeds), np.ones(envs.num_envs, dtype=bool), np.zeros(envs.num_envs)
     last_obs, truncated = obs.copy(), np.zeros(envs.num_envs, dtype=bool)
@@ -293,7 +306,9 @@ def collect_episodes(
         if len(rows) % 64 == 0:
             noise = draw_noise(envs, 64, envs.num_envs, generator=generator)
         if len(rows) == MAX_EPISODE:
-            raise RunFault(f"{envs.env_id}: an episode did not end in {MAX_EPISODE:,} steps; add a time limit")
+            raise RunFault(
+                f"{envs.env_id}: an episode did not end in {MAX_EPISODE:,} steps; add a time limit"
+            )
         action = policy(obs).sample(noise[len(rows) % 64]).cpu().numpy()
         step = envs.step(action)
         rows.append((obs, action, step.reward.astype(np.float32), alive))
@@ -320,7 +335,7 @@ def policy_at(net: ActorCritic, obs_stats: Stats) -> Callable[[np.ndarray], Gaus
 
 
 def pieces(columns: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...]]:
-    """Rows in pieces of `size`, the last one filled up with zeros, so that compiled code sees a single shape."""
+    """Rows in pieces of `size`, the last one filled up with zeros: compiled code sees one shape."""
     missing = -len(columns[0]) % size
     padded = [torch.cat((column, column.new_zeros(missing, *column.shape[1:]))) for column in columns]
     return zip(*(column.split(size) for column in padded), strict=True)
@@ -332,7 +347,7 @@ def acting(state: State) -> dict:
 
 
 def make_policy(envs: VectorEnv, args: Args, agent: dict) -> Policy:
-    """The deterministic policy of what an agent.pt holds: observations (N, D) to their distributions' modes."""
+    """The deterministic policy of what an agent.pt holds: observations (N, D) to modes."""
     net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(agent["params"].device)
     loader(net)(agent["params"])
     policy = policy_at(net, agent["obs_stats"])
@@ -350,11 +365,11 @@ def check(args: Args) -> None:
     )
     require(
         args.baseline not in ("mean", "optimal") or args.num_envs > 1,
-        f"--baseline {args.baseline} is taken from the other episodes of a batch: --num-envs must be at least 2, not 1",
+        f"--baseline {args.baseline} is taken from a batch's other episodes: --num-envs must be at least 2",
     )
     require(
         args.returns == "to-go" or not args.discount_weight,
-        "--discount-weight goes with --returns to-go: the total return already counts each reward from the first step",
+        "--discount-weight goes with --returns to-go: the total return already discounts each reward",
     )
 
 
@@ -374,7 +389,9 @@ def train(args: Args) -> float:
     (piece_scores, fit), load = compiled, loader(net)
 
     def score_sum(params, *rows):
-        return torch.stack([piece_scores(params, *piece) for piece in pieces(rows, args.minibatch_size)]).sum(0)
+        return torch.stack([piece_scores(params, *piece) for piece in pieces(rows, args.minibatch_size)]).sum(
+            0
+        )
 
     run = Run(args, "reinforce", Evaluation(args, make_policy), engine=envs.engine)
     generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "noise"))
@@ -389,14 +406,19 @@ def train(args: Args) -> float:
         while step < min(run.step + args.report_every, args.total_steps):
             remaining = 1 - step / args.total_steps if args.anneal else 1.0
             learning_rate = torch.tensor(args.learning_rate * remaining, device=device)
-            seeds = env_seeds(args.seed, "environments", args.num_envs, step)  # every batch begins new episodes
+            seeds = env_seeds(
+                args.seed, "environments", args.num_envs, step
+            )  # every batch begins new episodes
             episodes, returns = collect_episodes(envs, seeds, policy_at(net, obs_stats), generator)
             alive, old_scale = episodes.alive, return_scale(return_stats)
             seen = episodes._replace(obs=normalize(episodes.obs, obs_stats))
 
             # V is in units of the returns' standard deviation, that of the time when it was fitted
             dist, value = net(seen.obs.flatten(0, 1))
-            value, entropy = old_scale * value.view(alive.shape), dist.entropy().view(alive.shape)[alive].mean()
+            value, entropy = (
+                old_scale * value.view(alive.shape),
+                dist.entropy().view(alive.shape)[alive].mean(),
+            )
             tail = torch.zeros_like(value[0])
             if args.baseline == "value":
                 last_value = old_scale * net.value(normalize(episodes.last_obs, obs_stats))
@@ -419,7 +441,9 @@ def train(args: Args) -> float:
                     for piece in pieces(tuple(column[order] for column in rows), args.minibatch_size):
                         params, value_opt, loss = fit(params, value_opt, *piece, value_learning_rate)
                         losses.append(loss)
-                unexplained = (return_ - value)[alive].var(correction=0) / (return_[alive].var(correction=0) + 1e-8)
+                unexplained = (return_ - value)[alive].var(correction=0) / (
+                    return_[alive].var(correction=0) + 1e-8
+                )
                 log |= {"value_loss": torch.stack(losses).mean(), "explained_variance": 1 - unexplained}
             if args.normalize_obs:
                 obs_stats = update_stats(obs_stats, episodes.obs[alive])

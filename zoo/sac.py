@@ -1,9 +1,10 @@
 """Soft Actor-Critic (Haarnoja et al. 2018, arXiv:1801.01290 and arXiv:1812.05905), one file.
 
-Maximises sum_t E[ r_t + alpha H(pi(.|s_t)) ] off-policy: every transition goes into a replay buffer D, and each environment
-step pays for one gradient step on a batch of it. Twin critics Q_1, Q_2; Q means min(Q_1, Q_2) wherever one is asked for.
+Maximises sum_t E[ r_t + alpha H(pi(.|s_t)) ] off-policy: every transition goes into a replay buffer D, and
+each environment step pays for one gradient step on a batch of it. Twin critics Q_1, Q_2; Q means min(Q_1,
+Q_2) wherever one is asked for.
 
-    a, log pi(a|s)   a = tanh(u), u = mean(s) + std(s) eps         reparametrised: eps ~ N(0, 1) comes from outside
+    a, log pi(a|s)   a = tanh(u), u = mean(s) + std(s) eps         reparametrised: eps ~ N(0, 1) from outside
                      log pi(a|s) = log N(u; mean, std) - sum log(1 - tanh(u)^2)
     V(s)             E_{a ~ pi}[ Q(s, a) - alpha log pi(a|s) ]     one sample of a
 
@@ -12,9 +13,10 @@ step pays for one gradient step on a batch of it. Twin critics Q_1, Q_2; Q means
     temperature      J_alpha = E[ -alpha (log pi(a|s_t) + target entropy) ]     unless --alpha fixes it
     targets          psi' <- tau psi + (1 - tau) psi'
 
-The second paper's form takes V(s_{t+1}) from the targets of the critics. --value-network is the first paper's: V is a network
-of its own, with J_V = E[ 1/2 (V(s_t) - (Q(s_t, a) - alpha log pi(a|s_t)))^2 ], and V(s_{t+1}) is its target's. An alpha
-belongs before every log pi; papers that leave it out scale the rewards by 1/alpha instead.
+The second paper's form takes V(s_{t+1}) from the targets of the critics. --value-network is the first
+paper's: V is a network of its own, with J_V = E[ 1/2 (V(s_t) - (Q(s_t, a) - alpha log pi(a|s_t)))^2 ], and
+V(s_{t+1}) is its target's. An alpha belongs before every log pi; papers that leave it out scale the rewards
+by 1/alpha instead.
 
     python zoo/sac.py --env HalfCheetah-v4 --threads 2
     python zoo/sac.py --env Pendulum-v1
@@ -63,16 +65,20 @@ class Args(RunArgs):
     target_entropy: float | None = None  # of a tuned temperature; None: minus the number of action dimensions
     value_network: bool = False  # the 2018 form, with a separate V and its target
     hidden: tuple[int, ...] = (256, 256)  # widths of the ReLU layers
-    bf16: bool = False  # float32 matrix products in bfloat16 on a CPU with AMX or AVX512-BF16, in TF32 on CUDA
-    eval_every: int = 50_000  # environment steps between evaluations, made with the next report; 0: at the end only
+    bf16: bool = (
+        False  # float32 matrix products in bfloat16 on a CPU with AMX or AVX512-BF16, in TF32 on CUDA
+    )
+    eval_every: int = (
+        50_000  # environment steps between evaluations, made with the next report; 0: at the end only
+    )
     report_every: int = 500  # environment steps between reports (rounded up to whole iterations)
 
 
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
 SETTINGS: dict[str, dict] = {
     "Pendulum-v1": dict(
-        total_steps=20_000, num_envs=1, random_steps=500, learning_rate=1e-3, hidden=(64, 64), eval_every=5_000,
-        eval_episodes=100,
+        total_steps=20_000, num_envs=1, random_steps=500, learning_rate=1e-3, hidden=(64, 64),
+        eval_every=5_000, eval_episodes=100,
     ),
     "MountainCarContinuous-v0": dict(
         total_steps=50_000, random_hold=50, gamma=0.9999, alpha=0.1, batch_size=512, tau=0.01,
@@ -81,11 +87,12 @@ SETTINGS: dict[str, dict] = {
 }  # fmt: skip
 
 
-# --- networks and distributions -------------------------------------------------------------------------------------------
+# --- networks and distributions -----------------------------------------------------------------------------
 
 LOG_2, HALF_LOG_2PI = 0.6931471805599453, 0.9189385332046727
-# The bounds of the original code: std e^2 fills [-1, 1] after tanh, and e^-20 is no noise at all, so that neither limits what
-# the temperature asks for. A floor as high as e^-5 would: once clamped there, log_std has no gradient to come back by.
+# The bounds of the original code: std e^2 fills [-1, 1] after tanh, and e^-20 is no noise at all, so that
+# neither limits what the temperature asks for. A floor as high as e^-5 would: once clamped there, log_std has
+# no gradient to come back by.
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
 
 
@@ -96,7 +103,7 @@ class SquashedGaussian(NamedTuple):
     log_std: Tensor
 
     def sample(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions (B, A) made of standard normal noise (B, A), and their log-probabilities (B,); differentiable."""
+        """Actions (B, A) of standard normal noise (B, A), and their log-probabilities (B,); differentiable."""
         u = self.mean + self.log_std.exp() * noise
         gaussian = -0.5 * noise**2 - self.log_std - HALF_LOG_2PI
         # log(1 - tanh(u)^2) without the cancellation, which is complete in float32 from |u| = 9 on
@@ -126,23 +133,27 @@ class Actor(nn.Module):
 
 
 class TwinCritic(nn.Module):
-    """obs (B, D), action (B, A) -> Q_1 and Q_2 (2, B): two networks whose weights are stacked, one batched product a layer."""
+    """obs (B, D), action (B, A) -> Q_1 and Q_2 (2, B): two networks in one batched product a layer."""
 
     def __init__(self, envs: VectorEnv, hidden: tuple[int, ...]):
         super().__init__()
         widths = (envs.obs_dim + envs.action_dim, *hidden, 1)
         # U(-1, 1) / sqrt(inputs), as nn.Linear
-        self.weights = nn.ParameterList([(2 * torch.rand(2, i, o) - 1) * i**-0.5 for i, o in pairwise(widths)])
+        self.weights = nn.ParameterList(
+            [(2 * torch.rand(2, i, o) - 1) * i**-0.5 for i, o in pairwise(widths)]
+        )
         self.biases = nn.ParameterList([(2 * torch.rand(2, 1, o) - 1) * i**-0.5 for i, o in pairwise(widths)])
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat((obs, action), -1).expand(2, -1, -1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.bmm(x.relu() if i else x, weight) + bias  # not baddbmm: compiled, sum and ReLU are one pass
+            x = (
+                torch.bmm(x.relu() if i else x, weight) + bias
+            )  # not baddbmm: compiled, sum and ReLU are one pass
         return x.squeeze(-1)
 
 
-# --- estimators -----------------------------------------------------------------------------------------------------------
+# --- estimators ---------------------------------------------------------------------------------------------
 
 
 def soft_value(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
@@ -160,7 +171,7 @@ def polyak(target: Tensor, params: Tensor, tau: float) -> Tensor:
     return tau * params + (1 - tau) * target
 
 
-# --- losses ---------------------------------------------------------------------------------------------------------------
+# --- losses -------------------------------------------------------------------------------------------------
 
 
 def critic_loss(q: Tensor, target: Tensor) -> Tensor:
@@ -183,9 +194,11 @@ def alpha_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Te
     return -(log_alpha.exp() * (log_prob + target_entropy)).mean()
 
 
-# --- the update -----------------------------------------------------------------------------------------------
+# --- the update ---------------------------------------------------------------------------------------------
 
-Learner = dict[str, Tensor | dict[str, Tensor]]  # actor, critic, (value,) target, log_alpha, and NAME_opt of each
+Learner = dict[
+    str, Tensor | dict[str, Tensor]
+]  # actor, critic, (value,) target, log_alpha, and NAME_opt of each
 
 
 class Networks(NamedTuple):
@@ -205,7 +218,7 @@ def descend(learner: Learner, name: str, gradient: Tensor, learning_rate: float)
 def update(
     nets: Networks, args: Args, target_entropy: float, learner: Learner, batch: Replayed, noise: Tensor
 ) -> tuple[Learner, dict[str, Tensor]]:
-    """A gradient step on everything, a pure function: learner, batch and noise (2, B, A) in, learner and metrics out."""
+    """A gradient step on everything, a pure function: learner, batch, noise (2, B, A) to learner, metrics."""
     alpha, metrics = learner["log_alpha"].exp(), {}
     if args.value_network:
         action, log_prob = nets.policy(learner["actor"], batch.obs).sample(noise[0])
@@ -244,7 +257,7 @@ def update(
     return learner, metrics | {"alpha": alpha, "entropy": -log_prob.mean()}
 
 
-# --- the run --------------------------------------------------------------------------------------------------
+# --- the run ------------------------------------------------------------------------------------------------
 
 
 class State(NamedTuple):
@@ -258,7 +271,9 @@ class State(NamedTuple):
 def new_networks(actor: Actor, critic: TwinCritic, value: nn.Module, args: Args) -> tuple[Learner, Networks]:
     """The learner at the start of a run, and the modules as pure functions."""
     device = next(actor.parameters()).device
-    (actor_params, actor_of), (critic_params, critic_of), (value_params, value_of) = map(flatten, (actor, critic, value))
+    (actor_params, actor_of), (critic_params, critic_of), (value_params, value_of) = map(
+        flatten, (actor, critic, value)
+    )
     log_alpha = torch.tensor(math.log(1.0 if args.alpha is None else args.alpha), device=device)
     learner: Learner = {"actor": actor_params, "critic": critic_params, "log_alpha": log_alpha}
     if args.value_network:
@@ -272,10 +287,14 @@ def new_networks(actor: Actor, critic: TwinCritic, value: nn.Module, args: Args)
     )
 
 
-def batches(buffer: ReplayBuffer, count: int, size: int, generator: torch.Generator) -> Iterator[tuple[Replayed, Tensor]]:
-    """`count` batches of `size` transitions, gathered at once, each with noise (2, B, A) for two actions a state."""
+def batches(
+    buffer: ReplayBuffer, count: int, size: int, generator: torch.Generator
+) -> Iterator[tuple[Replayed, Tensor]]:
+    """`count` batches of `size` transitions, gathered at once, each with noise for two actions a state."""
     if count:
-        noise = torch.randn(count, 2, size, buffer.action.shape[-1], generator=generator, device=generator.device)
+        noise = torch.randn(
+            count, 2, size, buffer.action.shape[-1], generator=generator, device=generator.device
+        )
         columns = (column.split(size) for column in buffer.sample(count * size, generator))
         for *batch, each in zip(*columns, noise, strict=True):
             yield Replayed(*batch), each
@@ -330,7 +349,7 @@ def check(args: Args) -> None:
 
 
 def check_bf16(args: Args, device: torch.device) -> None:
-    """Set the precision of float32 matrix products, or refuse one that the machine has no instructions for."""
+    """Set the precision of float32 matrix products; refuse one that the machine has no instructions for."""
     able = (
         device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     )
@@ -341,9 +360,15 @@ def check_bf16(args: Args, device: torch.device) -> None:
 def check_actions(envs: VectorEnv) -> None:
     """Refuse action spaces other than a bounded Box, which tanh fills."""
     others = "zoo/ppo.py, zoo/trpo.py, zoo/actor_critic.py or zoo/reinforce.py"
-    require(not envs.discrete, f"--env {envs.env_id}: actions are discrete, and SAC acts in a bounded Box; use {others}")
+    require(
+        not envs.discrete,
+        f"--env {envs.env_id}: actions are discrete, and SAC acts in a bounded Box; use {others}",
+    )
     bounded = bool(envs.bounded.all())
-    require(bounded, f"--env {envs.env_id}: actions are unbounded, and SAC squashes them into finite bounds; use {others}")
+    require(
+        bounded,
+        f"--env {envs.env_id}: actions are unbounded, and SAC squashes them into finite bounds; use {others}",
+    )
 
 
 def train(args: Args) -> float:
@@ -361,7 +386,9 @@ def train(args: Args) -> float:
     learn = compile_function(partial(update, nets, args, target_entropy), device, args.compile)
     policy, load = policy_at(actor), loader(actor)
 
-    buffer = ReplayBuffer(args.buffer_size // args.num_envs, args.num_envs, envs.obs_dim, envs.action_dim, device)
+    buffer = ReplayBuffer(
+        args.buffer_size // args.num_envs, args.num_envs, envs.obs_dim, envs.action_dim, device
+    )
     run = Run(args, "sac", Evaluation(args, make_policy), engine=envs.engine)
     generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "noise"))
     learner, buffer, generator = run.restore(State(networks, buffer, generator))
@@ -377,7 +404,9 @@ def train(args: Args) -> float:
         while step < min(run.step + args.report_every, args.total_steps):
             if step < args.random_steps:
                 if held % args.random_hold == 0:
-                    action = 2 * torch.rand(args.num_envs, envs.action_dim, generator=generator, device=device) - 1
+                    action = (
+                        2 * torch.rand(args.num_envs, envs.action_dim, generator=generator, device=device) - 1
+                    )
                 held += 1
             else:
                 noise = torch.randn(args.num_envs, envs.action_dim, generator=generator, device=device)
@@ -395,7 +424,9 @@ def train(args: Args) -> float:
                 updates += 1
             load(learner["actor"])
         state = State(learner, buffer, generator)
-        run.report(step, state, acting(state), {name: value / updates for name, value in metrics.items()}, episodes)
+        run.report(
+            step, state, acting(state), {name: value / updates for name, value in metrics.items()}, episodes
+        )
     envs.close()
     return run.finish(state, acting(state))
 

@@ -1,20 +1,22 @@
 """Trust Region Policy Optimisation (Schulman et al. 2015, arXiv:1502.05477), one file.
 
-Collect T steps of N environments with the current policy pi_old, then take the one step that improves the surrogate most
-within a trust region, measured in the space of policies and not of parameters:
+Collect T steps of N environments with the current policy pi_old, then take the one step that improves the
+surrogate most within a trust region, measured in the space of policies and not of parameters:
 
-    maximise  L(theta) = E[ pi(a_t|s_t) / pi_old(a_t|s_t) A_t ]    subject to    E[ KL(pi_old(.|s_t) || pi(.|s_t)) ] <= delta
+    maximise  L(theta) = E[ pi(a_t|s_t) / pi_old(a_t|s_t) A_t ]   where   E[ KL(pi_old(.|s_t) || pi(.|s_t)) ] <= delta
 
-To first order L is g^T s and to second order the KL is s^T F s / 2, s = theta - theta_old, F the Fisher matrix. Hence
+To first order L is g^T s and to second order the KL is s^T F s / 2, s = theta - theta_old, F the Fisher
+matrix. Hence
 
-    x = F^-1 g                             the natural gradient, by conjugate gradient: F itself is never formed, because
-    F v = J^T M J v                        its product with a vector costs little more than a gradient (fisher_product)
-    s = sqrt(2 delta / (x^T F x)) x        the longest step that the quadratic model allows
-    s, 0.8 s, 0.64 s, ...                  the first whose true KL is at most delta and whose L is better; else no step at all
+    x = F^-1 g                        the natural gradient, by conjugate gradient: F is never formed, because
+    F v = J^T M J v                   its product with a vector costs little more than a gradient
+    s = sqrt(2 delta / (x^T F x)) x   the longest step that the quadratic model allows
+    s, 0.8 s, 0.64 s, ...             the first whose true KL is at most delta and whose L is better; else none
 
-Advantages are GAE's, as in ppo.py; V is fitted by itself, by Adam on E[(V(s_t) - R_t)^2] with R_t = A_t + V(s_t).
-Policy and critic share no parameter but one flat vector: the KL and L do not depend on the critic's part of it, nor the
-critic's loss on the policy's, so that neither update moves the other's numbers by a single bit.
+Advantages are GAE's, as in ppo.py; V is fitted by itself, by Adam on E[(V(s_t) - R_t)^2] with R_t = A_t +
+V(s_t). Policy and critic share no parameter but one flat vector: the KL and L do not depend on the critic's
+part of it, nor the critic's loss on the policy's, so that neither update moves the other's numbers by a
+single bit.
 
     python zoo/trpo.py --env HalfCheetah-v4
     python zoo/trpo.py --env CartPole-v1 --seed 2
@@ -59,8 +61,12 @@ class Args(RunArgs):
     anneal: bool = False  # let delta and the critic's learning rate fall linearly to 0 over the run
     cg_iterations: int = 10  # of conjugate gradient, at most
     cg_tolerance: float = 1e-5  # it stops at a residual of this times the gradient's norm
-    damping: float = 0.1  # conjugate gradient solves (F + damping I) x = g, which bounds x where the KL is flat
-    fvp_subsample: int = 4  # Fisher-vector products on every k-th state of the batch; gradient and line search use all
+    damping: float = (
+        0.1  # conjugate gradient solves (F + damping I) x = g, which bounds x where the KL is flat
+    )
+    fvp_subsample: int = (
+        4  # Fisher-vector products on every k-th state of the batch; gradient and line search use all
+    )
     backtrack: float = 0.8  # factor between the steps that the line search tries
     max_backtracks: int = 10  # the shortest of them is backtrack ** max_backtracks of the full one
     critic_epochs: int = 5  # the critic's passes over a batch
@@ -70,7 +76,9 @@ class Args(RunArgs):
     gae_lambda: float = 0.95  # GAE's lambda: 0 trusts the critic (one-step TD), 1 the rewards (Monte Carlo)
     normalize_advantages: bool = True  # mean 0 and standard deviation 1 in each batch
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
-    log_std: float = -1.0  # initial log standard deviation of a Gaussian policy, in units of half the action range
+    log_std: float = (
+        -1.0
+    )  # initial log standard deviation of a Gaussian policy, in units of half the action range
     normalize_obs: bool = True  # observations by their running mean and standard deviation
     scale_rewards: bool = True  # rewards by the running standard deviation of the discounted return
 
@@ -82,25 +90,29 @@ class Args(RunArgs):
 
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
 SETTINGS: dict[str, dict] = {
-    # Hopper stands still for good, and is paid for it, once its policy has lost its variance: wider, and slower to narrow
-    "Hopper-v4": dict(num_envs=32, num_steps=64, delta=0.01, anneal=True, critic_epochs=20, gamma=0.995, log_std=0.0),
+    # Hopper stands still for good, and is paid for it, once its policy has lost its variance: wider, and
+    # slower to narrow
+    "Hopper-v4": dict(
+        num_envs=32, num_steps=64, delta=0.01, anneal=True, critic_epochs=20, gamma=0.995,
+        log_std=0.0,
+    ),
     "Walker2d-v4": dict(num_envs=32, num_steps=64, anneal=True, critic_epochs=10, log_std=-0.5),
     "CartPole-v1": dict(
-        total_steps=100_000, num_envs=8, num_steps=128, delta=0.01, fvp_subsample=1, damping=1e-3, critic_epochs=10,
-        minibatch_size=128, gae_lambda=0.98, eval_every=20_000,
+        total_steps=100_000, num_envs=8, num_steps=128, delta=0.01, fvp_subsample=1, damping=1e-3,
+        critic_epochs=10, minibatch_size=128, gae_lambda=0.98, eval_every=20_000,
     ),
     "Acrobot-v1": dict(
-        total_steps=100_000, num_envs=16, num_steps=64, delta=0.01, fvp_subsample=1, critic_epochs=10, minibatch_size=128,
-        eval_every=20_000, eval_episodes=100,
+        total_steps=100_000, num_envs=16, num_steps=64, delta=0.01, fvp_subsample=1, critic_epochs=10,
+        minibatch_size=128, eval_every=20_000, eval_episodes=100,
     ),
     "Pendulum-v1": dict(
-        total_steps=100_000, num_envs=8, num_steps=256, fvp_subsample=1, critic_epochs=20, minibatch_size=128, gamma=0.95,
-        log_std=0.0, eval_every=20_000, eval_episodes=100,
+        total_steps=100_000, num_envs=8, num_steps=256, fvp_subsample=1, critic_epochs=20,
+        minibatch_size=128, gamma=0.95, log_std=0.0, eval_every=20_000, eval_episodes=100,
     ),
 }  # fmt: skip
 
 
-# --- networks and distributions -------------------------------------------------------------------------------------------
+# --- networks and distributions -----------------------------------------------------------------------------
 
 
 class Gaussian(NamedTuple):
@@ -143,7 +155,7 @@ class Categorical(NamedTuple):
 
 
 def draw_noise(envs: VectorEnv, *shape: int, generator: torch.Generator) -> Tensor:
-    """The randomness of actions, drawn ahead so that acting is a pure function: standard normal or Gumbel (*shape, A)."""
+    """The randomness of actions, drawn ahead of acting: standard normal or Gumbel, (*shape, A)."""
     noise = torch.empty(*shape, envs.action_dim, device=generator.device)
     if envs.discrete:
         return -noise.exponential_(generator=generator).log()
@@ -188,22 +200,18 @@ class ActorCritic(nn.Module):
         return self.policy(obs), self.value(obs)
 
 
-# --- estimators -----------------------------------------------------------------------------------------------------------
+# --- estimators ---------------------------------------------------------------------------------------------
 
 
 def gae(
-    reward: Tensor,
-    value: Tensor,
-    next_value: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
-    gamma: float,
-    lam: float,
-) -> Tensor:
-    """Generalised advantage estimates (T, N) (Schulman et al. 2016, arXiv:1506.02438, eq. 16); all inputs (T, N).
+    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor,
+    gamma: float, lam: float,
+) -> Tensor:  # fmt: skip
+    """Generalised advantage estimates (T, N) (Schulman et al. 2016, arXiv:1506.02438, eq. 16) of (T, N).
 
-    next_value[t] is V of the true successor of step t. The recursion is cut at every episode's end; the bootstrap
-    gamma * next_value only at terminations, because a time limit does not make the future worthless.
+    next_value[t] is V of the true successor of step t. The recursion is cut at every episode's end; the
+    bootstrap gamma * next_value only at terminations, because a time limit does not make the future
+    worthless.
     """
     delta = reward + gamma * next_value * ~terminated - value
     decay = gamma * lam * ~(terminated | truncated)
@@ -214,7 +222,7 @@ def gae(
     return torch.stack(advantage[::-1])
 
 
-# --- losses ---------------------------------------------------------------------------------------------------------------
+# --- losses -------------------------------------------------------------------------------------------------
 
 
 class PolicyBatch(NamedTuple):
@@ -241,7 +249,10 @@ def surrogate(forward: Callable, params: Tensor, batch: PolicyBatch) -> tuple[Te
     """L, and at which KL; forward(params, obs) gives the distribution and V."""
     dist = forward(params, batch.obs)[0]
     ratio = (dist.log_prob(batch.action) - batch.old.log_prob(batch.action)).exp()
-    return (ratio * batch.advantage).mean(), {"kl": kl(batch.old, dist).mean(), "entropy": dist.entropy().mean()}
+    return (ratio * batch.advantage).mean(), {
+        "kl": kl(batch.old, dist).mean(),
+        "entropy": dist.entropy().mean(),
+    }
 
 
 def surrogate_gradient(
@@ -260,7 +271,7 @@ def fit_critic(
     forward: Callable, args: Args, params: Tensor, opt: Moments, obs: Tensor, return_: Tensor, order: Tensor,
     learning_rate: Tensor,
 ) -> tuple[Tensor, Moments, Tensor]:  # fmt: skip
-    """A step of Adam for each minibatch of the rows in this order, (B,) or longer; the last item is the mean loss."""
+    """A step for each minibatch of the rows in this order, (B,) or longer; also the mean loss."""
 
     def step(carry, minibatch):
         params, opt = carry
@@ -272,14 +283,15 @@ def fit_critic(
     return params, opt, losses.mean()
 
 
-# --- the trust-region step ------------------------------------------------------------------------------------------------
+# --- the trust-region step ----------------------------------------------------------------------------------
 
 
 def fisher_product(forward: Callable, params: Tensor, obs: Tensor, vector: Tensor) -> Tensor:
     """F v, (P,): the Hessian at `params` of the mean KL to the policy there, times a vector.
 
-    The KL's gradient vanishes there, so F = J^T M J exactly: J the Jacobian of the distribution's parameters by theta, M the
-    KL's Hessian by the distribution's parameters. J v in forward mode, then J^T in reverse: half the work of grad under jvp.
+    The KL's gradient vanishes there, so F = J^T M J exactly: J the Jacobian of the distribution's parameters
+    by theta, M the KL's Hessian by the distribution's parameters. J v in forward mode, then J^T in reverse:
+    half the work of grad under jvp.
     """
 
     def policy(theta):
@@ -293,8 +305,11 @@ def fisher_product(forward: Callable, params: Tensor, obs: Tensor, vector: Tenso
     return vjp(policy, params)[1](metric)[0]
 
 
-def conjugate_gradient(product: Callable, b: Tensor, iterations: int, tolerance: float) -> tuple[Tensor, Tensor]:
-    """x with product(x) = b for a positive definite product (Hestenes & Stiefel 1952), and its residual |b - product(x)| / |b|.
+def conjugate_gradient(
+    product: Callable, b: Tensor, iterations: int, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """x with product(x) = b for a positive definite product (Hestenes & Stiefel 1952), and its residual |b -
+    product(x)| / |b|.
 
     Stops after `iterations`, or when the residual is at most `tolerance`.
     """
@@ -312,15 +327,23 @@ def conjugate_gradient(product: Callable, b: Tensor, iterations: int, tolerance:
 
 
 def trust_region_step(
-    params: Tensor, batch: PolicyBatch, gradient: Callable, product: Callable, evaluate: Callable, args: Args, delta: float
+    params: Tensor,
+    batch: PolicyBatch,
+    gradient: Callable,
+    product: Callable,
+    evaluate: Callable,
+    args: Args,
+    delta: float,
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
     """The new parameters, or `params` itself where the line search finds none, and what to log.
 
-    gradient(params, batch) gives g and (L, metrics), product(params, obs, v) gives F v, evaluate(params, batch) (L, metrics).
+    gradient(params, batch) gives g and (L, metrics), product(params, obs, v) gives F v, evaluate(params,
+    batch) (L, metrics).
     """
     g, (old_surrogate, old_metrics) = gradient(params, batch)
     unchanged = old_metrics | {"policy_loss": 0.0, "accepted": 0.0, "step_fraction": 0.0}
-    # x's direction is all that counts, and squares of the gradient of a policy that is all but certain underflow
+    # x's direction is all that counts, and squares of the gradient of a policy that is all but certain
+    # underflow
     unit = g / g.abs().max().clamp(min=torch.finfo(g.dtype).tiny)
     fisher = partial(product, params, batch.obs[:: args.fvp_subsample].contiguous())
     x, residual = conjugate_gradient(
@@ -330,18 +353,25 @@ def trust_region_step(
     # The length is that of the KL itself, without damping
     step = (2 * delta / (x @ fisher(x)).clamp(min=torch.finfo(g.dtype).tiny)).sqrt() * x
     if not g @ step > torch.finfo(g.dtype).eps * batch.advantage.abs().mean():
-        return params, log | unchanged  # it promises less than L's own rounding: nothing is left to be learnt here
+        return (
+            params,
+            log | unchanged,
+        )  # it promises less than L's own rounding: nothing is left to be learnt here
     for tries in range(args.max_backtracks + 1):
         fraction = args.backtrack**tries
         candidate = params + fraction * step
         new_surrogate, metrics = evaluate(candidate, batch)
         gain = new_surrogate - old_surrogate
         if metrics["kl"] <= delta and gain > 0:  # false for a NaN too
-            return candidate, log | metrics | {"policy_loss": -gain, "accepted": 1.0, "step_fraction": fraction}
+            return candidate, log | metrics | {
+                "policy_loss": -gain,
+                "accepted": 1.0,
+                "step_fraction": fraction,
+            }
     return params, log | unchanged
 
 
-# --- the run --------------------------------------------------------------------------------------------------------------
+# --- the run ------------------------------------------------------------------------------------------------
 
 
 class State(NamedTuple):
@@ -379,7 +409,7 @@ def policy_at(net: ActorCritic, obs_stats: Stats) -> Callable[[np.ndarray], Gaus
 
 
 def collect(envs: VectorEnv, obs: np.ndarray, policy, noise: Tensor) -> tuple[Rollout, np.ndarray, list]:
-    """Act by samples of `policy(obs)` for T steps from `obs`; the rollout, where to go on from, the episodes ended."""
+    """Act by samples of `policy(obs)` for T steps; the rollout, the next observations, episodes ended."""
     rows, episodes = [], []
     for step_noise in noise:
         action = policy(obs).sample(step_noise).cpu().numpy()
@@ -398,14 +428,11 @@ def as_seen(
 ) -> tuple[Rollout, Stats, Stats, Tensor]:
     """The rollout as the networks see it, and the statistics with it counted in.
 
-    Observations are normalised as they were when they were acted on; rewards are scaled with their own sums counted.
-    sums (N,) are each environment's discounted rewards so far, which the next rollout goes on from.
+    Observations are normalised as they were when they were acted on; rewards are scaled with their own sums
+    counted. sums (N,) are each environment's discounted rewards so far, which the next rollout goes on from.
     """
-    obs, next_obs, reward = (
-        normalize(rollout.obs, obs_stats),
-        normalize(rollout.next_obs, obs_stats),
-        rollout.reward,
-    )
+    obs, next_obs = normalize(rollout.obs, obs_stats), normalize(rollout.next_obs, obs_stats)
+    reward = rollout.reward
     if args.scale_rewards:
         ended = rollout.terminated | rollout.truncated
         all_sums, sums = discounted_sums(reward, ended, sums, args.gamma)
@@ -419,8 +446,8 @@ def as_seen(
 def values(net: ActorCritic, rollout: Rollout) -> tuple[Tensor, Tensor]:
     """V of each row's observation and of its true successor, (T, N) each.
 
-    The successor is the next row's observation, but where a time limit ended the episode. (Where it terminated, the
-    value stands for nothing and is not read.)
+    The successor is the next row's observation, but where a time limit ended the episode. (Where it
+    terminated, the value stands for nothing and is not read.)
     """
     value = net.value(torch.cat((rollout.obs, rollout.next_obs[-1:])))
     next_value = value[1:].clone()
@@ -435,7 +462,7 @@ def acting(state: State) -> dict:
 
 
 def make_policy(envs: VectorEnv, args: Args, agent: dict) -> Policy:
-    """The deterministic policy of what an agent.pt holds: observations (N, D) to their distributions' modes."""
+    """The deterministic policy of what an agent.pt holds: observations (N, D) to modes."""
     net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(agent["params"].device)
     loader(net)(agent["params"])
     policy = policy_at(net, agent["obs_stats"])
@@ -446,21 +473,32 @@ def check(args: Args) -> None:
     """Refuse arguments that cannot work together."""
     check_args(
         args,
-        at_least_1=("num_steps", "cg_iterations", "fvp_subsample", "critic_epochs", "minibatch_size", "hidden"),
+        at_least_1=(
+            "num_steps",
+            "cg_iterations",
+            "fvp_subsample",
+            "critic_epochs",
+            "minibatch_size",
+            "hidden",
+        ),
         fractions=("gamma", "gae_lambda", "cg_tolerance"),
         positive=("delta", "learning_rate"),
         finite=("log_std",),
     )
-    require(0 <= args.damping < float("inf"), f"--damping must be a number of at least 0, not {args.damping:g}")
+    require(
+        0 <= args.damping < float("inf"), f"--damping must be a number of at least 0, not {args.damping:g}"
+    )
     require(0 < args.backtrack < 1, f"--backtrack must lie between 0 and 1, not {args.backtrack:g}")
     require(args.max_backtracks >= 0, f"--max-backtracks must be at least 0, not {args.max_backtracks}")
     batch = args.num_envs * args.num_steps
     require(batch > 1, "--num-envs x --num-steps must be at least 2, for a batch to have a variance")
     require(
         batch % args.minibatch_size == 0,
-        f"--minibatch-size {args.minibatch_size} does not divide the batch of {batch} (--num-envs x --num-steps)",
+        f"--minibatch-size {args.minibatch_size} does not divide --num-envs x --num-steps = {batch}",
     )
-    require(args.fvp_subsample <= batch, f"--fvp-subsample {args.fvp_subsample} is more than the batch of {batch}")
+    require(
+        args.fvp_subsample <= batch, f"--fvp-subsample {args.fvp_subsample} is more than the batch of {batch}"
+    )
 
 
 def train(args: Args) -> float:
@@ -507,8 +545,12 @@ def train(args: Args) -> float:
             advantage = (advantage - advantage.mean()) / (advantage.std(unbiased=False) + 1e-8)
 
         batch = PolicyBatch(rows, action, net.policy(rows), advantage)
-        params, log = trust_region_step(params, batch, gradient, product, evaluate, args, args.delta * remaining)
-        orders = [torch.randperm(len(rows), generator=generator, device=device) for _ in range(args.critic_epochs)]
+        params, log = trust_region_step(
+            params, batch, gradient, product, evaluate, args, args.delta * remaining
+        )
+        orders = [
+            torch.randperm(len(rows), generator=generator, device=device) for _ in range(args.critic_epochs)
+        ]
         params, opt, loss = fit(params, opt, rows, return_, torch.cat(orders), learning_rate)
         load(params)
 

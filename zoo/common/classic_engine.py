@@ -182,7 +182,7 @@ class Task(NamedTuple):
     step: Callable  # (env, state, action, first step of an episode?) -> reward (N,), terminated (N,)
     observe: Callable  # state -> (N, D) float32
     size: int  # S
-    as_it_is: dict[str, Any] = {}  # noqa: RUF012  attributes that someone may have changed, with the values served
+    as_it_is: dict[str, Any] = {}
     start_dtype: type = np.float64  # of the state that a reset's observation is computed from
 
 
