@@ -2,6 +2,17 @@
 
 A step of one of these tasks is a few dozen floating-point operations, and Gymnasium's loop spends its time
 between them. Here a step of N copies is the same operations on rows of N numbers.
+Environment steps a second on one core of a busy machine, medians of alternating runs, through
+`VectorEnv.step`:
+
+    task and copies                   this engine   the loop    ratio
+    CartPole-v1, 8                       107k         24k        4.4
+    CartPole-v1, 64                      644k         32k         20
+    Pendulum-v1, 8                        90k         18k        5.0
+    Pendulum-v1, 64                      462k         28k         17
+    MountainCar-v0, 8                    104k         31k        3.4
+    MountainCarContinuous-v0, 8           69k         27k        2.5
+    Acrobot-v1, 8                         24k          9k        2.5
 
 Source: gymnasium/envs/classic_control/*.py, rewritten for rows; parameters are read from the environment
 object, so that those given to gym.make hold. Whole seeded trajectories, resets included, equal Gymnasium's to

@@ -14,11 +14,7 @@ import numpy as np
 
 
 def _sequence(seed: int, purpose: str, index: tuple[int, ...]) -> np.random.SeedSequence:
-    key = (
-        *purpose.encode(),
-        0,
-        *index,
-    )  # the 0 ends the name, so that no name and index read as another name
+    key = (*purpose.encode(), 0, *index)  # the 0 ends the name: no name and index read as another name
     return np.random.SeedSequence(seed, spawn_key=key)
 
 
