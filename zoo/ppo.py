@@ -87,8 +87,8 @@ class Args(RunArgs):
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
 SETTINGS: dict[str, dict] = {
     "CartPole-v1": dict(
-        total_steps=100_000, num_envs=8, num_steps=32, minibatch_size=256, num_epochs=20, learning_rate=1e-3,
-        normalize_advantages=True, normalize_obs=False, eval_every=20_000,
+        total_steps=100_000, num_envs=32, num_steps=32, minibatch_size=256, learning_rate=2e-3,
+        recompute_advantages=False, normalize_advantages=True, normalize_obs=False, eval_every=20_000,
     ),
     "Acrobot-v1": dict(
         num_envs=16, num_steps=256, gae_lambda=0.94, normalize_advantages=True, eval_episodes=100,
