@@ -16,6 +16,8 @@ What differs between the papers is a flag each:
     --kl, --kl-in     k3 as a loss a token (GRPO), or k1 in the reward, which alone has pi* = ref exp(r /
                       beta) / Z as its optimum
     --kl-level        estimators of a token, or of the whole response, whose log-ratio is summed first
+    --kl-correction   as a loss, times pi / old: without it the estimate is biased after the first step
+                      (arXiv:2510.01555)
 
 The defaults are the ones that reach the optimum. `--std --length response --kl k3 --kl-in loss` is GRPO as in
 its paper.
@@ -75,6 +77,7 @@ class Args(RunArgs):
     kl: Literal["k1", "k2", "k3"] = "k1"  # its estimator
     kl_in: Literal["reward", "loss"] = "reward"  # where it stands
     kl_level: Literal["token", "response"] = "response"  # in the loss: whose estimator
+    kl_correction: bool = False  # in the loss: weigh it by the ratio, for the samples are the old policy's
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm
     compile: bool = False  # compile the update: a minute at the start, for a fifth to a third of its time
 
@@ -311,9 +314,7 @@ def grpo_loss(log_prob: Tensor, batch: Group, args: Args) -> tuple[Tensor, dict[
     log_ratio = (log_prob - batch.log_prob) * mask
     ratio = log_ratio.sum(-1, keepdim=True).expand_as(log_ratio) if args.ratio == "response" else log_ratio
     surrogate = clipped_surrogate(ratio, batch.advantage, args.clip)
-    if (
-        args.ratio == "response"
-    ):  # of which a response has one, its tokens' mean; counted as a sum of L tokens is
+    if args.ratio == "response":  # a response has one; spread over its tokens, it is summed as theirs are
         surrogate = surrogate / mask.sum(-1, keepdim=True)
     pg_loss = -token_sum(surrogate, mask, args.length)
     metrics = {"policy_loss": pg_loss}
@@ -323,9 +324,11 @@ def grpo_loss(log_prob: Tensor, batch: Group, args: Args) -> tuple[Tensor, dict[
         return pg_loss, metrics
     ref_ratio = (batch.ref_log_prob - log_prob) * mask
     if args.kl_level == "token":
-        metrics["kl_loss"] = token_sum(kl_estimate(ref_ratio, args.kl), mask, args.length)
+        weight = log_ratio.exp() if args.kl_correction else 1.0
+        metrics["kl_loss"] = token_sum(weight * kl_estimate(ref_ratio, args.kl), mask, args.length)
     else:
-        metrics["kl_loss"] = kl_estimate(ref_ratio.sum(-1), args.kl).mean() / mask.shape[1]
+        weight = log_ratio.sum(-1).exp() if args.kl_correction else 1.0
+        metrics["kl_loss"] = (weight * kl_estimate(ref_ratio.sum(-1), args.kl)).mean() / mask.shape[1]
     return pg_loss + args.beta * metrics["kl_loss"], metrics
 
 

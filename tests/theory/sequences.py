@@ -108,7 +108,14 @@ class World:
         old, chance = self.log_probs(theta), self.chance(theta)
         ref = old if ref is None else self.log_probs(ref)
         defaults = dict(
-            ratio="token", length="constant", clip=0.2, beta=BETA, kl="k1", kl_in="reward", kl_level="token"
+            ratio="token",
+            length="constant",
+            clip=0.2,
+            beta=BETA,
+            kl="k1",
+            kl_in="reward",
+            kl_level="token",
+            kl_correction=False,
         )
         settings = SimpleNamespace(**defaults | args)
 
