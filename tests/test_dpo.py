@@ -57,8 +57,8 @@ def test_sequence_log_prob_counts_the_response_only():
 # --- runs ---------------------------------------------------------------------------------------------------
 
 TINY = (
-    "--dim", "8", "--heads", "2", "--batch-size", "32", "--eval-episodes", "64", "--no-progress", "--digits", "3",
-    "--supervised-steps", "4", "--comparisons", "128", "--total-steps", "256", "--no-anneal",
+    "--dim", "8", "--heads", "2", "--batch-size", "32", "--eval-episodes", "64", "--no-progress",
+    "--digits", "3", "--supervised-steps", "4", "--comparisons", "128", "--total-steps", "256", "--no-anneal",
 )  # fmt: skip
 
 
@@ -88,6 +88,15 @@ def test_a_resumed_run_ends_where_one_in_one_go_does(half, tmp_path):
         stopped_at(int(half), *TINY, "--online", "2", "--run-dir", folder)
     run(dpo, "--resume", folder)
     assert torch.equal(policy(tmp_path / "half"), policy(tmp_path / "whole"))
+
+
+def test_later_rounds_are_written_by_the_policy_of_then(tmp_path):
+    """In the one round of the offline method by the reference."""
+    for rounds in ("1", "2"):
+        run(dpo, *TINY, "--online", rounds, "--run-dir", str(tmp_path / rounds))
+        state = torch.load(tmp_path / rounds / "checkpoint.pt", weights_only=True)["state"]
+        assert torch.equal(state["writer"], state["ref"]) == (rounds == "1")
+        assert not torch.equal(state["writer"], state["params"])
 
 
 def stopped_at(step, *arguments):

@@ -102,8 +102,8 @@ def test_padding_changes_nothing_bit_for_bit(length, ratio):
 # --- runs ---------------------------------------------------------------------------------------------------
 
 TINY = (
-    "--dim", "8", "--heads", "2", "--batch-size", "32", "--eval-episodes", "64", "--no-progress", "--digits", "3",
-    "--supervised-steps", "4", "--total-steps", "128", "--no-anneal",
+    "--dim", "8", "--heads", "2", "--batch-size", "32", "--eval-episodes", "64", "--no-progress",
+    "--digits", "3", "--supervised-steps", "4", "--total-steps", "128", "--no-anneal",
 )  # fmt: skip
 
 

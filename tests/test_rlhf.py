@@ -124,7 +124,7 @@ def test_padding_changes_nothing_bit_for_bit():
     def loss(params, response, junk):
         new = log_probs(policy, params, prompt, response)
         batch = Responses(
-            prompt, response, mask, log_prob + junk, log_prob - 0.1 + junk, advantages[0], value
+            prompt, response, mask, log_prob - junk, log_prob - 0.1 + junk, advantages[0], value
         )
         return rlhf.rlhf_loss(
             new + 0.01, value + 0.5 + junk, batch, Args(env="Count", kl_in="loss", kl="k3")
@@ -233,8 +233,8 @@ def test_the_reward_models_gradient_reaches_the_reward_model_only():
 
 TINY = ("--dim", "8", "--heads", "2", "--batch-size", "32", "--eval-episodes", "64", "--no-progress")
 SORT = (
-    "--env", "Sort", "--digits", "3", "--supervised-steps", "4", "--comparisons", "64", "--reward-epochs", "2",
-    "--total-steps", "128", *TINY,
+    "--env", "Sort", "--digits", "3", "--supervised-steps", "4", "--comparisons", "64",
+    "--reward-epochs", "2", "--total-steps", "128", *TINY,
 )  # fmt: skip
 
 

@@ -1,19 +1,21 @@
 """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) on tasks of tokens, one file.
 
-The best policy for E[r] - beta KL(pi || ref) is pi* = ref exp(r / beta) / Z, so that a reward is beta log(pi* / ref) + beta log Z.
-In the Bradley-Terry model of two responses to one prompt log Z cancels, and the likelihood of a labeller's choices is a
-function of the policy: no reward model, no sampling.
+The best policy for E[r] - beta KL(pi || ref) is pi* = ref exp(r / beta) / Z, so that a reward is beta log(pi*
+/ ref) + beta log Z. In the Bradley-Terry model of two responses to one prompt log Z cancels, and the
+likelihood of a labeller's choices is a function of the policy: no reward model, no sampling.
 
     implicit reward   R(x, y) = beta log( pi(y|x) / ref(y|x) )
-    loss              L = -E[ log sigmoid( R(x, y_w) - R(x, y_l) ) ]               y_w the chosen response, y_l the rejected
-    its gradient        = -beta E[ sigmoid(R_l - R_w) (grad log pi(y_w) - grad log pi(y_l)) ]     weight: how wrong R is
+    loss              L = -E[ log sigmoid( R(x, y_w) - R(x, y_l) ) ]               y_w the chosen response,
+                      y_l the rejected
+    its gradient        = -beta E[ sigmoid(R_l - R_w) (grad log pi(y_w) - grad log pi(y_l)) ]     weight: how
+                        wrong R is
 
-Only the difference counts: the chosen response's own likelihood may fall, and does on pairs drawn once. --online K draws fresh
-pairs of the present policy K times. Variants: --label-smoothing (a share of the labels is taken for wrong: "conservative"),
---length-norm (R a token), --reference-free (R = beta log pi).
+Only the difference counts: the chosen response's own likelihood may fall, and does on pairs drawn once.
+--online K draws fresh pairs of the present policy K times. Variants: --label-smoothing (a share of the labels
+is taken for wrong: "conservative"), --length-norm (R a token), --reference-free (R = beta log pi).
 
-    python zoo/dpo.py --env Count                     20k comparisons: the gap falls to 0.2 to 0.4, see zoo/rlhf.py
-    python zoo/dpo.py --env Count --online 4          as many visits: below it
+    python zoo/dpo.py --env Count                     20k comparisons: the gap falls to 0.2 to 0.4, see
+    zoo/rlhf.py python zoo/dpo.py --env Count --online 4          as many visits: below it
     python zoo/dpo.py --env Sort                      from a weak supervised model
 """
 
@@ -39,7 +41,7 @@ from zoo.common.tokens import Task, make_task, measure, rank
 class Args(RunArgs):
     env: str = "Sort"  # the task: Count, Sort or Add
     digits: int | None = None  # of Sort's and Add's numbers; None: 8 and 3
-    total_steps: int = 120_000  # comparisons visited, over all rounds: total_steps / comparisons is the number of passes
+    total_steps: int = 120_000  # comparisons visited: total_steps / comparisons times each
     eval_every: int = 20_000  # comparisons between evaluations; 0: at the end only
     eval_episodes: int = 1000  # responses of an evaluation
     dim: int = 64  # width of the GPT
@@ -47,8 +49,8 @@ class Args(RunArgs):
     heads: int = 4  # attention heads of a block
     supervised_steps: int = 40  # batches of demonstrations that make the reference
     supervised_learning_rate: float = 3e-3  # Adam's, after a warm-up of 20 steps
-    other: float = 0.0  # share of the demonstrations that are another task's: to reverse the digits (Sort only)
-    reference_scale: float = 1.0  # factor on the first logits: how decided a reference without demonstrations is
+    other: float = 0.0  # share of the demonstrations that are another task's: reversing (Sort only)
+    reference_scale: float = 1.0  # factor on the first logits: how decided an untrained policy is
     comparisons: int = 10_000  # pairs labelled, over all rounds
     online: int = 1  # rounds: before each the present policy writes its share of the pairs
     temperature: float = 0.1  # of the labeller: how large a difference of rewards is surely seen
@@ -183,10 +185,8 @@ def generate(
 
     After `end` nothing but `end` is written. The policy is asked with a cache: each token is read once.
     """
-    (logits, past), ended = (
-        forward(params, prompt),
-        torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device),
-    )
+    logits, past = forward(params, prompt)
+    ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     response, log_prob = [], []
     for t in range(noise.shape[1]):
         dist = Categorical(logits[:, -1])
@@ -227,7 +227,9 @@ def supervised_loss(log_prob: Tensor, mask: Tensor) -> Tensor:
 
 
 class Pairs(NamedTuple):
-    """Comparisons: prompts (B, P), both responses (B, L), and ref's log-probability of each whole response (B,)."""
+    """Comparisons: prompts (B, P), both responses (B, L), and ref's log-probability of each whole response
+    (B,).
+    """
 
     prompt: Tensor
     chosen: Tensor
@@ -243,18 +245,29 @@ def sequence_log_prob(log_prob: Tensor, mask: Tensor, mean: bool) -> Tensor:
 
 
 def dpo_loss(
-    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float, label_smoothing: float
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float,
+    label_smoothing: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss from log pi and log ref of the chosen and the rejected responses, (B,) each (Rafailov et al. 2023, eq. 7).
+    """The loss from log pi and log ref of the chosen and the rejected responses, (B,) each (Rafailov et al.
+    2023, eq. 7).
 
-    With label_smoothing e: -(1 - e) log sigmoid(h) - e log sigmoid(-h), h the difference of the implicit rewards.
+    With label_smoothing e: -(1 - e) log sigmoid(h) - e log sigmoid(-h), h the difference of the implicit
+    rewards.
     """
     reward, other = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
     difference = reward - other
     loss = -(1 - label_smoothing) * logsigmoid(difference) - label_smoothing * logsigmoid(-difference)
     metrics = {"dpo_loss": loss.mean(), "accuracy": (difference > 0).float().mean()}
     metrics |= {"gradient_weight": (-difference).sigmoid().mean(), "chosen_reward": reward.mean()}
-    metrics |= {"rejected_reward": other.mean(), "chosen_log_prob": chosen.mean(), "rejected_log_prob": rejected.mean()}
+    metrics |= {
+        "rejected_reward": other.mean(),
+        "chosen_log_prob": chosen.mean(),
+        "rejected_log_prob": rejected.mean(),
+    }
     return loss.mean(), metrics
 
 
@@ -305,7 +318,9 @@ def supervised_step(
 
 
 def pretrain(policy: Forward, params: Tensor, task: Task, args) -> Tensor:
-    """The reference's parameters: a network's after the supervised steps; the same in every file, for the same seed."""
+    """The reference's parameters: a network's after the supervised steps; the same in every file, for the
+    same seed.
+    """
     opt = new_adam(params)
     generator = torch.Generator(params.device).manual_seed(generator_seed(args.seed, "demonstrations"))
     for step in range(args.supervised_steps):
@@ -339,13 +354,28 @@ def check(args: Args) -> None:
         args,
         at_least_1=("dim", "layers", "heads", "comparisons", "online", "batch_size"),
         fractions=("other", "label_error"),
-        positive=("supervised_learning_rate", "reference_scale", "temperature", "learning_rate", "max_grad_norm"),
+        positive=(
+            "supervised_learning_rate",
+            "reference_scale",
+            "temperature",
+            "learning_rate",
+            "max_grad_norm",
+        ),
     )
-    require(0 < args.beta < float("inf"), f"--beta must be greater than 0, not {args.beta:g}: rewards are beta log(pi/ref)")
-    require(0 <= args.label_smoothing < 0.5, f"--label-smoothing must lie in [0, 0.5), not {args.label_smoothing:g}")
+    require(
+        0 < args.beta < float("inf"),
+        f"--beta must be greater than 0, not {args.beta:g}: rewards are beta log(pi/ref)",
+    )
+    require(
+        0 <= args.label_smoothing < 0.5,
+        f"--label-smoothing must lie in [0, 0.5), not {args.label_smoothing:g}",
+    )
     require(args.supervised_steps >= 0, f"--supervised-steps must be at least 0, not {args.supervised_steps}")
     require(args.dim % args.heads == 0, f"--heads {args.heads} does not divide --dim {args.dim}")
-    require(args.other == 0 or args.env == "Sort", f"--other {args.other:g}: only Sort has another task, not {args.env}")
+    require(
+        args.other == 0 or args.env == "Sort",
+        f"--other {args.other:g}: only Sort has another task, not {args.env}",
+    )
     share, visits = args.comparisons // args.online, args.total_steps // args.online
     require(
         share >= args.batch_size,
@@ -368,21 +398,33 @@ def train(args: Args) -> float:
 
     def sequences(params: Tensor, prompt: Tensor, response: Tensor) -> Tensor:
         """log pi(y|x) (B,)."""
-        return sequence_log_prob(log_probs(policy, params, prompt, response), task.mask(response), args.length_norm)
+        return sequence_log_prob(
+            log_probs(policy, params, prompt, response), task.mask(response), args.length_norm
+        )
 
     def draw_pairs(writer: Tensor, round_: int) -> Pairs:
-        """The pairs of a round, written by the policy `writer` and labelled; the same again after a resume."""
+        """The pairs of a round, written by the policy `writer` and labelled; the same again after a
+        resume.
+        """
         generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "comparisons", round_))
-        prompt, response = draw_rankings(policy, writer, task, args, args.comparisons // args.online, generator)
+        prompt, response = draw_rankings(
+            policy, writer, task, args, args.comparisons // args.online, generator
+        )
         both = response.unbind(1)
-        return Pairs(prompt, *both, *(sequences(ref, prompt, one) * (not args.reference_free) for one in both))
+        return Pairs(
+            prompt, *both, *(sequences(ref, prompt, one) * (not args.reference_free) for one in both)
+        )
 
     def loss(params: Tensor, batch: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = (sequences(params, batch.prompt, one) for one in (batch.chosen, batch.rejected))
-        return dpo_loss(chosen, rejected, batch.ref_chosen, batch.ref_rejected, args.beta, args.label_smoothing)
+        return dpo_loss(
+            chosen, rejected, batch.ref_chosen, batch.ref_rejected, args.beta, args.label_smoothing
+        )
 
     def update(params: Tensor, opt: Moments, batch: Pairs, learning_rate: Tensor):
-        """The minibatch step, a pure function: parameters, optimiser and batch in, the new ones and metrics out."""
+        """The minibatch step, a pure function: parameters, optimiser and batch in, the new ones and metrics
+        out.
+        """
         grad, (_, metrics) = grad_and_value(loss, has_aux=True)(params, batch)
         grad, grad_norm = clip_grad(grad, args.max_grad_norm)
         return *adam(params, grad, opt, learning_rate), metrics | {"grad_norm": grad_norm}

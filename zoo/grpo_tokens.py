@@ -56,12 +56,8 @@ class Args(RunArgs):
     heads: int = 4  # attention heads of a block
     supervised_steps: int = 40  # batches of demonstrations that make the reference
     supervised_learning_rate: float = 3e-3  # Adam's, after a warm-up of 20 steps
-    other: float = (
-        0.0  # share of the demonstrations that are another task's: to reverse the digits (Sort only)
-    )
-    reference_scale: float = (
-        1.0  # factor on the first logits: how decided a reference without demonstrations is
-    )
+    other: float = 0.0  # share of the demonstrations that are another task's: reversing (Sort only)
+    reference_scale: float = 1.0  # factor on the first logits: how decided an untrained policy is
     batch_size: int = 256  # responses between updates
     group_size: int = 8  # responses to one prompt, G
     num_epochs: int = 4  # passes over a batch
@@ -196,10 +192,8 @@ def generate(
 
     After `end` nothing but `end` is written. The policy is asked with a cache: each token is read once.
     """
-    (logits, past), ended = (
-        forward(params, prompt),
-        torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device),
-    )
+    logits, past = forward(params, prompt)
+    ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     response, log_prob = [], []
     for t in range(noise.shape[1]):
         dist = Categorical(logits[:, -1])

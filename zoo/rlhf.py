@@ -52,41 +52,31 @@ class Args(RunArgs):
     env: str = "Sort"  # the task: Count, Sort or Add
     digits: int | None = None  # of Sort's and Add's numbers; None: 8 and 3
     total_steps: int = 51_200  # responses of the ppo stage
-    stage: Literal["all", "supervised", "reward", "ppo"] = (
-        "all"  # what to run; each stage needs those before it
-    )
+    eval_every: int = 10_000  # sequences between evaluations; 0: at the end only
+    eval_episodes: int = 1000  # responses of an evaluation
+    stage: Literal["all", "supervised", "reward", "ppo"] = "all"  # each needs those before it
     earlier: str | None = None  # folder with the earlier stages' runs; None: --run-dir's
     reward: Literal["rule", "model"] = "model"  # what PPO is paid by: the task's rule, or the reward model
     dim: int = 64  # width of the GPTs
     layers: int = 2  # their blocks
     heads: int = 4  # attention heads of a block
-    supervised_steps: int = (
-        60  # batches of demonstrations; few, for a weak model with something left to learn
-    )
+    supervised_steps: int = 40  # batches of demonstrations; few, so that something is left to learn
     supervised_learning_rate: float = 3e-3  # Adam's, after a warm-up of 20 steps
-    other: float = (
-        0.0  # share of the demonstrations that are another task's: to reverse the digits (Sort only)
-    )
-    reference_scale: float = (
-        1.0  # factor on the first logits: how decided a reference without demonstrations is
-    )
+    other: float = 0.0  # share of the demonstrations that are another task's: reversing (Sort only)
+    reference_scale: float = 1.0  # factor on the first logits: how decided an untrained policy is
     comparisons: int = 10_000  # rankings that the reward model learns from
     answers: int = 2  # responses in a ranking, K
     temperature: float = 0.1  # of the labeller: how large a difference of rewards is surely seen
     label_error: float = 0.0  # share of rankings turned round
     reward_epochs: int = 8  # passes over the rankings
     reward_learning_rate: float = 1e-3  # Adam's
-    ensemble: int = (
-        1  # reward models, differing by their heads and by the order of the data; PPO is paid their mean
-    )
+    ensemble: int = 1  # reward models, of other heads and other batches; PPO is paid their mean
     batch_size: int = 256  # sequences in a batch, of every stage
     num_epochs: int = 4  # passes over a batch of responses
     num_minibatches: int = 2  # gradient steps in a pass
     learning_rate: float = 1e-3  # Adam's, of policy and critic
     anneal: bool = True  # let it fall linearly to 0 over the run
-    beta: float | None = (
-        None  # weight of the KL to the reference; None: 0.05 of the rule's reward, 0.3 of a model's
-    )
+    beta: float | None = None  # weight of the KL to the reference; None: 0.05 (rule) or 0.3 (model)
     kl: Literal["k1", "k2", "k3"] = "k1"  # its estimator, a token
     kl_in: Literal["reward", "loss"] = "reward"  # where it stands
     critic: bool = True  # False: the baseline is the batch's mean return to go at each position
@@ -108,8 +98,8 @@ class Args(RunArgs):
 # What differs by task; a flag wins over it.
 SETTINGS: dict[str, dict] = {
     "Count": dict(
-        supervised_steps=0, eval_every=0, reference_scale=2.0, dim=32, batch_size=512, learning_rate=2e-3,
-        beta=0.5, temperature=1.0,
+        supervised_steps=0, eval_every=0, reference_scale=2.0, dim=32, batch_size=256, num_epochs=8,
+        learning_rate=2e-3, beta=0.5, temperature=1.0,
     ),
     "Add": dict(supervised_steps=200, total_steps=102_400),
 }  # fmt: skip
@@ -214,10 +204,8 @@ def generate(
 
     After `end` nothing but `end` is written. The policy is asked with a cache: each token is read once.
     """
-    (logits, past), ended = (
-        forward(params, prompt),
-        torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device),
-    )
+    logits, past = forward(params, prompt)
+    ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     response, log_prob = [], []
     for t in range(noise.shape[1]):
         dist = Categorical(logits[:, -1])
@@ -257,6 +245,12 @@ def scores(forward: Forward, params: Tensor, prompt: Tensor, response: Tensor, m
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """The mean of x over the places where mask is true; of equal shapes."""
     return (x * mask).sum() / mask.sum()
+
+
+def normalized(x: Tensor, mask: Tensor) -> Tensor:
+    """x with mean 0 and standard deviation 1 over the places where mask is true, and 0 elsewhere."""
+    centred = (x - masked_mean(x, mask)) * mask
+    return centred / (masked_mean(centred**2, mask).sqrt() + 1e-8)
 
 
 def kl_estimate(log_ratio: Tensor, kind: str) -> Tensor:
@@ -492,10 +486,8 @@ def reward_stage(args: Args, task: Task, device: torch.device) -> float:
     run = Run(args, "rlhf", evaluate, unit="rankings")
     params = torch.stack(members)
     state = run.restore(State(params, new_adam(params), generators[2]))
-    batch_size, learning_rate = (
-        min(args.batch_size, args.comparisons),
-        torch.tensor(args.reward_learning_rate, device=device),
-    )
+    batch_size = min(args.batch_size, args.comparisons)
+    learning_rate = torch.tensor(args.reward_learning_rate, device=device)
     while run.step + batch_size <= args.total_steps:
         drawn = torch.randint(
             args.comparisons, (args.ensemble, batch_size), generator=state.generator, device=device
@@ -568,45 +560,29 @@ def ppo_stage(args: Args, task: Task, device: torch.device) -> float:
         mask, ref_log_prob = task.mask(response), log_probs(policy, ref, prompt, response)
         score, kl = judge(prompt, response) - shift, kl_estimate(ref_log_prob - log_prob, args.kl)
         reward = token_rewards(score, kl, mask, beta)
-        value = (
-            at_responses(critic, params[len(ref) :], prompt, response).squeeze(-1)
-            if args.critic
-            else 0.0 * reward
-        )
-        advantage = response_advantages(
-            reward, value, mask, args.gamma, args.gae_lambda if args.critic else 1.0
-        )
-        return_ = advantage + value
-        if not args.critic:
+        if args.critic:
+            value = at_responses(critic, params[len(ref) :], prompt, response).squeeze(-1)
+            advantage = response_advantages(reward, value, mask, args.gamma, args.gae_lambda)
+        else:  # the return to go, less its mean over the batch
+            value = torch.zeros_like(reward)
+            advantage = response_advantages(reward, value, mask, args.gamma, 1.0)
             advantage = (advantage - advantage.sum(0) / mask.sum(0).clamp(min=1)) * mask
+        batch = Responses(prompt, response, mask, log_prob, ref_log_prob, advantage, advantage + value)
         if args.normalize_advantages:
-            mean = masked_mean(advantage, mask)
-            advantage = (advantage - mean) / (masked_mean((advantage - mean) ** 2, mask).sqrt() + 1e-8) * mask
-        batch = Responses(prompt, response, mask, log_prob, ref_log_prob, advantage, return_)
+            batch = batch._replace(advantage=normalized(advantage, mask))
         metrics = []
         for _ in range(args.num_epochs):
             order = torch.randperm(args.batch_size, generator=generator, device=device)
             for index in order.chunk(args.num_minibatches):
-                demonstrations = (
-                    task.demonstrations(len(index), generator, float(args.other > 0))
-                    if args.ptx > 0
-                    else None
-                )
-                params, opt, info = update(
-                    params, opt, Responses(*(x[index] for x in batch)), demonstrations, learning_rate
-                )
+                minibatch, known = Responses(*(x[index] for x in batch)), None
+                if args.ptx > 0:
+                    known = task.demonstrations(len(index), generator, float(args.other > 0))
+                params, opt, info = update(params, opt, minibatch, known, learning_rate)
                 metrics.append(info)
         state = State(params, opt, generator)
         means = {name: torch.stack([info[name] for info in metrics]).mean() for name in metrics[0]}
-        means |= {
-            "score": score.mean(),
-            "rule_reward": task.reward(prompt, response).mean(),
-            "learning_rate": learning_rate,
-        }
-        means |= {
-            "kl": ((log_prob - ref_log_prob) * mask).sum(-1).mean(),
-            "length": mask.sum(-1).float().mean(),
-        }
+        means |= {"score": score.mean(), "rule_reward": task.reward(prompt, response).mean()}
+        means |= {"kl": ((log_prob - ref_log_prob) * mask).sum(-1).mean(), "learning_rate": learning_rate}
         run.report(run.step + args.batch_size, state, {"params": params[: len(ref)]}, means, [])
     return run.finish(state, {"params": state.params[: len(ref)]})
 
