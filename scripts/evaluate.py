@@ -18,11 +18,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from zoo.common.cli import require
+from zoo.common.args import require
 from zoo.common.envs import VectorEnv, make_envs
 from zoo.common.errors import RunFault, UsageError
+from zoo.common.evaluate import Policy, evaluate
 from zoo.common.files import load_checkpoint
-from zoo.common.run import Policy, evaluate
 
 
 @dataclass
@@ -48,7 +48,9 @@ def load_agent(path: Path) -> dict[str, Any]:
     content = load_checkpoint(file, "run")
     # The name comes from a file that anyone may have made: import nothing but an agent's file of the zoo.
     name = content["agent"]
-    known = isinstance(name, str) and re.fullmatch(r"[a-z]\w*", name) and importlib.util.find_spec(f"zoo.{name}")
+    known = (
+        isinstance(name, str) and re.fullmatch(r"[a-z]\w*", name) and importlib.util.find_spec(f"zoo.{name}")
+    )
     require(bool(known), f"run {path}: is of agent {name}, which this version of the zoo does not have")
     return content
 

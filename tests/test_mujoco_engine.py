@@ -1,4 +1,4 @@
-"""The MuJoCo engine against Gymnasium's own environments: the same seeds and actions, compared step by step in float64."""
+"""The MuJoCo engine against Gymnasium's own environments: same seeds, same actions, compared in float64."""
 
 import gymnasium as gym
 import numpy as np
@@ -11,7 +11,7 @@ pytestmark = [
     pytest.mark.skipif(Batch is None, reason="needs MuJoCo 4.0 or later"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Gymnasium's, of the v4 tasks
 ]
-N, STEPS, SEED = 3, 200, 5
+N, STEPS, SEEDS = 3, 200, [5, 9, 6]
 NAMES = [
     "HalfCheetah",
     "Hopper",
@@ -26,7 +26,10 @@ NAMES = [
 RANGES = {"healthy_z_range": (0.9, 3.0), "healthy_angle_range": (-0.5, 0.5)}
 CASES: list[tuple[str, dict]] = [(f"{name}-v{version}", {}) for name in NAMES for version in (4, 5)] + [
     # every parameter away from its default, so that none is a constant of the engine
-    ("HalfCheetah-v5", {"forward_reward_weight": 2.0, "ctrl_cost_weight": 0.7, "reset_noise_scale": 0.3, "frame_skip": 3}),
+    (
+        "HalfCheetah-v5",
+        {"forward_reward_weight": 2.0, "ctrl_cost_weight": 0.7, "reset_noise_scale": 0.3, "frame_skip": 3},
+    ),
     ("Swimmer-v4", {"exclude_current_positions_from_observation": False, "forward_reward_weight": 3.0}),
     ("Hopper-v4", {"terminate_when_unhealthy": False, "healthy_reward": 0.3}),
     ("Hopper-v5", {"terminate_when_unhealthy": False, "healthy_reward": 0.3, **RANGES}),
@@ -34,7 +37,10 @@ CASES: list[tuple[str, dict]] = [(f"{name}-v{version}", {}) for name in NAMES fo
     ("Walker2d-v5", {"exclude_current_positions_from_observation": False, "ctrl_cost_weight": 0.2, **RANGES}),
     ("Ant-v4", {"use_contact_forces": True, "contact_force_range": (-0.5, 0.7), "contact_cost_weight": 0.1}),
     ("Ant-v5", {"include_cfrc_ext_in_observation": False, "main_body": 3, "healthy_z_range": (0.55, 0.9)}),
-    ("Humanoid-v5", {"include_cvel_in_observation": False, "contact_cost_weight": 1e-3, "contact_cost_range": (0.1, 0.5)}),
+    (
+        "Humanoid-v5",
+        {"include_cvel_in_observation": False, "contact_cost_weight": 1e-3, "contact_cost_range": (0.1, 0.5)},
+    ),
     ("Reacher-v5", {"reward_dist_weight": 2.0, "reward_control_weight": 3.0}),
     ("InvertedPendulum-v5", {"reset_noise_scale": 0.1}),
     ("InvertedDoublePendulum-v5", {"reset_noise_scale": 0.3, "healthy_reward": 4.0}),
@@ -46,7 +52,12 @@ def pair(env_id, threads=2, **parameters):
     engine = MujocoVectorEnv(env_id, N, gym.make(env_id, **parameters), np.float64, threads)
     loop = GymnasiumVectorEnv(env_id, 1, gym.make(env_id, **parameters), np.float64)
     loop.envs += [gym.make(env_id, **parameters) for _ in range(N - 1)]
-    loop.num_envs, loop._returns, loop._lengths = N, np.zeros(N), np.zeros(N, np.int64)
+    loop.num_envs, loop._every, loop._returns, loop._lengths = (
+        N,
+        np.arange(N),
+        np.zeros(N),
+        np.zeros(N, np.int64),
+    )
     return engine, loop
 
 
@@ -54,16 +65,18 @@ def pair(env_id, threads=2, **parameters):
 def test_trajectories_equal_gymnasium(env_id, parameters):
     engine, loop = pair(env_id, max_episode_steps=70, **parameters)
     assert serves(loop.envs[0])
-    np.testing.assert_array_equal(engine.reset(SEED), loop.reset(SEED))
+    np.testing.assert_array_equal(engine.reset(SEEDS), loop.reset(SEEDS))
     rng, ended = np.random.default_rng(0), 0
     for t in range(STEPS):
         if t == STEPS // 2:  # a new seed in mid-episode restarts everything
-            np.testing.assert_array_equal(engine.reset(SEED + 10), loop.reset(SEED + 10))
+            np.testing.assert_array_equal(engine.reset([1, 1, 5]), loop.reset([1, 1, 5]))
         action = rng.uniform(-1.2, 1.2, (N, engine.action_dim))
         ours, theirs = engine.step(action), loop.step(action)
         for field in ("obs", "next_obs", "terminated", "truncated"):
-            np.testing.assert_array_equal(getattr(ours, field), getattr(theirs, field), f"{field} at step {t}")
-        # For a row of a matrix NumPy rounds Reacher's norm and the pendulum's squares otherwise than for one vector
+            np.testing.assert_array_equal(
+                getattr(ours, field), getattr(theirs, field), f"{field} at step {t}"
+            )
+        # NumPy rounds Reacher's norm and the pendulum's squares otherwise for many rows than for one
         last_bit = 1e-14 if env_id.startswith(("Reacher", "InvertedDouble")) else 0
         np.testing.assert_allclose(ours.reward, theirs.reward, rtol=0, atol=last_bit)
         assert [length for _, length in ours.episodes] == [length for _, length in theirs.episodes]
@@ -72,19 +85,29 @@ def test_trajectories_equal_gymnasium(env_id, parameters):
 
 
 def test_every_v4_and_v5_task_is_served_or_known():
-    """A task that Gymnasium has and the engine does not is listed here, so that one silently lost is noticed."""
-    ids = {i for i in gym.registry if i.endswith(("-v4", "-v5")) and "envs.mujoco" in str(gym.spec(i).entry_point)}
+    """A task that Gymnasium has and the engine does not stands here, so that one silently lost is noticed."""
+    ids = {
+        i
+        for i in gym.registry
+        if i.endswith(("-v4", "-v5")) and "envs.mujoco" in str(gym.spec(i).entry_point)
+    }
     ids.discard("Pusher-v4")  # cannot be made with MuJoCo 3 or later
-    assert {i for i in ids if not serves(gym.make(i))} == {"HumanoidStandup-v4", "HumanoidStandup-v5", "Pusher-v5"}
+    assert {i for i in ids if not serves(gym.make(i))} == {
+        "HumanoidStandup-v4",
+        "HumanoidStandup-v5",
+        "Pusher-v5",
+    }
 
 
 @pytest.mark.parametrize("limit", [5, None])
 def test_time_limit_keeps_the_true_successor(limit):
     single = gym.make("HalfCheetah-v4", max_episode_steps=limit or -1)
     engine = MujocoVectorEnv("HalfCheetah-v4", N, single, np.float64, 2)
-    free = MujocoVectorEnv("HalfCheetah-v4", N, gym.make("HalfCheetah-v4"), np.float64, 2)  # its limit is 1000
-    first, action = engine.reset(SEED), np.full((N, engine.action_dim), 0.5)
-    np.testing.assert_array_equal(first, free.reset(SEED))
+    free = MujocoVectorEnv(
+        "HalfCheetah-v4", N, gym.make("HalfCheetah-v4"), np.float64, 2
+    )  # its limit is 1000
+    first, action = engine.reset(SEEDS), np.full((N, engine.action_dim), 0.5)
+    np.testing.assert_array_equal(first, free.reset(SEEDS))
     for _ in range(4):
         assert not engine.step(action).truncated.any()
         free.step(action)
@@ -105,7 +128,7 @@ def test_the_number_of_threads_does_not_matter():
     for env_id in ("Walker2d-v4", "Ant-v5"):
         one, two = (MujocoVectorEnv(env_id, 5, gym.make(env_id), threads=threads) for threads in (1, 2))
         assert (one.batch.nthread, two.batch.nthread) == (1, 2)
-        np.testing.assert_array_equal(one.reset(SEED), two.reset(SEED))
+        np.testing.assert_array_equal(one.reset(range(5)), two.reset(range(5)))
         rng = np.random.default_rng(1)
         for _ in range(60):
             action = rng.uniform(-1, 1, (5, one.action_dim)).astype(np.float32)
@@ -152,7 +175,7 @@ def test_a_users_model_is_the_one_stepped(tmp_path):
     path.write_text(heavy)
     engine, loop = pair("Hopper-v5", xml_file=str(path))
     assert engine.env.model.opt.timestep == 0.004
-    np.testing.assert_array_equal(engine.reset(SEED), loop.reset(SEED))
+    np.testing.assert_array_equal(engine.reset(SEEDS), loop.reset(SEEDS))
     for _ in range(30):
         ours, theirs = engine.step(np.full((N, 3), 0.3)), loop.step(np.full((N, 3), 0.3))
         np.testing.assert_array_equal(ours.next_obs, theirs.next_obs)

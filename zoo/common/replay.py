@@ -1,7 +1,7 @@
 """The replay buffer: the last transitions of all environments, in preallocated arrays on the agent's device.
 
-float32; what follows an observation is the next row, so that it stands there once. A million transitions of HalfCheetah take
-100 MB.
+float32; what follows an observation is the next row, so that it stands there once. A million transitions of
+HalfCheetah take 100 MB.
 """
 
 from typing import NamedTuple
@@ -30,15 +30,18 @@ RING = ("obs", "action", "reward", "terminated", "ending")  # the ring's columns
 class ReplayBuffer:
     """The last `slots` steps of N environments, in a ring of rows.
 
-    The successor of row t is the observation of row t + 1: stored once. Where an episode ended it is not, and the true one is
-    kept in a second, growing ring; `ending` (slots + 1, N) holds its running number there, -1 elsewhere. One row more than
-    slots, because the newest step already has its successor in the row that comes next.
+    The successor of row t is the observation of row t + 1: stored once. Where an episode ended it is not, and
+    the true one is kept in a second, growing ring; `ending` (slots + 1, N) holds its running number there, -1
+    elsewhere. One row more than slots, because the newest step already has its successor in the row that
+    comes next.
     Raises UsageError where there is no memory for it.
     """
 
     def __init__(self, slots: int, num_envs: int, obs_dim: int, action_dim: int, device: torch.device):
         def zeros(*shape: int, dtype: type = np.float32) -> Tensor:
-            return torch.from_numpy(np.zeros(shape, dtype)).to(device)  # NumPy's take no memory until written to, torch's do
+            return torch.from_numpy(np.zeros(shape, dtype)).to(
+                device
+            )  # NumPy's take no memory until written to, torch's do
 
         try:
             self.obs = zeros(slots + 1, num_envs, obs_dim)
@@ -47,8 +50,14 @@ class ReplayBuffer:
             self.terminated = zeros(slots + 1, num_envs, dtype=np.bool_)
             self.ending = zeros(slots + 1, num_envs, dtype=np.int32)
             self.final_obs = zeros(num_envs, obs_dim)
-        except (MemoryError, ValueError, RuntimeError) as error:  # NumPy's, NumPy's of more than an address, CUDA's
-            raise UsageError(f"--buffer-size: {slots * num_envs} transitions do not fit into {device}'s memory") from error
+        except (
+            MemoryError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # NumPy's, NumPy's of more than an address, CUDA's
+            raise UsageError(
+                f"--buffer-size: {slots * num_envs} transitions do not fit into {device}'s memory"
+            ) from error
         self.head = self.size = 0  # the row to be written next; rows filled
         self.endings = [0, 0]  # numbers of the oldest ending that is kept and of the next one
 
@@ -69,7 +78,7 @@ class ReplayBuffer:
             self._end(torch.as_tensor(step.terminated | step.truncated))
 
     def cut(self) -> None:
-        """Let the newest step be its episode's last one, because all environments start anew (a run was resumed)."""
+        """Let the newest step end its episodes, because all environments start anew (a run was resumed)."""
         if self.size:
             self._end(self.ending[self.head - 1].cpu() < 0)
 
@@ -109,8 +118,9 @@ class ReplayBuffer:
         ours, theirs = tuple(self.reward.shape), (state["rows"], state["reward"].shape[1])
         if ours != theirs:
             raise UsageError(
-                f"--buffer-size, --num-envs: {ours[0] - 1} steps of {ours[1]} environments do not fit the checkpoint's replay "
-                f"buffer of {theirs[0] - 1} steps of {theirs[1]}; resume without these arguments"
+                f"--buffer-size, --num-envs: {ours[0] - 1} steps of {ours[1]} environments do not fit the "
+                f"checkpoint's replay buffer of {theirs[0] - 1} steps of {theirs[1]}; resume without these "
+                "arguments"
             )
         for name in RING:
             getattr(self, name)[: len(state[name])] = state[name]
