@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 from zoo import rlhf
 from zoo.common.errors import UsageError
 from zoo.common.tokens import Add, Count, Sort
-from zoo.rlhf import Args, Responses, at_responses, generate, gumbel, log_probs, scores
+from zoo.rlhf import Args, Responses, at_responses, generate, gumbel, log_probs, reward_scores
 
 CPU = torch.device("cpu")
 
@@ -111,7 +111,7 @@ def test_padding_changes_nothing_bit_for_bit():
     other = torch.where(mask, response, torch.randint(8, response.shape, generator=generator(9)))
     assert not torch.equal(other, response)
     assert torch.equal(*(log_probs(policy, params, prompt, r) * mask for r in (response, other)))
-    assert torch.equal(*(scores(critic, model, prompt, r, mask) for r in (response, other)))
+    assert torch.equal(*(reward_scores(critic, model, prompt, r, mask) for r in (response, other)))
     assert torch.equal(
         *(at_responses(critic, model, prompt, r).squeeze(-1) * mask for r in (response, other))
     )
@@ -139,7 +139,7 @@ def test_a_score_is_read_at_the_last_token_of_each_response():
     _, _, prompt, response, _ = written(task, 64)
     params, model = network(task, 1)
     mask = task.mask(response)
-    found = scores(model, params, prompt, response, mask)
+    found = reward_scores(model, params, prompt, response, mask)
     for i, length in enumerate(mask.sum(-1).tolist()):
         alone = model(params, torch.cat((prompt[i : i + 1], response[i : i + 1, :length]), 1))[0][0, -1, 0]
         assert found[i].item() == pytest.approx(alone.item(), abs=1e-5)
@@ -209,7 +209,7 @@ def test_the_reward_models_gradient_reaches_the_reward_model_only():
 
     def paid(both):
         policy_params, member = both.split((len(params), len(model_params)))
-        score = scores(model, member, prompt, response, mask)
+        score = reward_scores(model, member, prompt, response, mask)
         ranking = rlhf.ranking_loss(score.view(-1, 2))[0]
         return ranking + 0 * log_probs(policy, policy_params, prompt, response).sum()
 
@@ -219,7 +219,7 @@ def test_the_reward_models_gradient_reaches_the_reward_model_only():
     def ppo(both):
         policy_params, member = both.split((len(params), len(model_params)))
         reward = rlhf.token_rewards(
-            scores(model, member, prompt, response, mask).detach(), 0.0 * mask, mask, 0.0
+            reward_scores(model, member, prompt, response, mask).detach(), 0.0 * mask, mask, 0.0
         )
         log_prob = log_probs(policy, policy_params, prompt, response)
         batch = Responses(prompt, response, mask, log_prob.detach(), log_prob.detach(), reward, reward)

@@ -230,7 +230,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 def kl_estimate(log_ratio: Tensor, kind: str) -> Tensor:
     """k1, k2 or k3 of KL(pi || ref), log_ratio = log ref - log pi of what pi chose; elementwise
-    (zoo/kl.py).
+    (zoo/common/kl.py).
     """
     if kind == "k1":
         return -log_ratio

@@ -17,7 +17,7 @@ Three stages, each a run of its own with its folder:
 The optimum of E[r] - beta KL(pi || ref) is pi* = ref exp(r / beta) / Z. On Count it is known exactly, and
 evaluations say how far off the policy is: gap = (J* - J) / (J* - J(ref)). Where the KL stands decides whether
 that optimum is reached: k1 in the reward reaches it; k1 as a loss is noise, k3 as a loss has another optimum
-(--kl, --kl-in; zoo/kl.py says why).
+(--kl, --kl-in; zoo/common/kl.py says why).
 
     python zoo/rlhf.py --env Count --reward rule                      gap 0.01 in 20 s
     python zoo/rlhf.py --env Sort --reward rule                       8 digits; exact answers from under 10%
@@ -232,7 +232,7 @@ def log_probs(forward: Forward, params: Tensor, prompt: Tensor, response: Tensor
     return Categorical(at_responses(forward, params, prompt, response)).log_prob(response)
 
 
-def scores(forward: Forward, params: Tensor, prompt: Tensor, response: Tensor, mask: Tensor) -> Tensor:
+def reward_scores(forward: Forward, params: Tensor, prompt: Tensor, response: Tensor, mask: Tensor) -> Tensor:
     """A reward model's scores (B,): its output at each response's last token (mask (B, L) true up to it)."""
     output = forward(params, torch.cat((prompt, response), 1))[0].squeeze(-1)
     last = prompt.shape[1] + mask.sum(-1, keepdim=True) - 1
@@ -255,7 +255,7 @@ def normalized(x: Tensor, mask: Tensor) -> Tensor:
 
 def kl_estimate(log_ratio: Tensor, kind: str) -> Tensor:
     """k1, k2 or k3 of KL(pi || ref), log_ratio = log ref - log pi of what pi chose; elementwise
-    (zoo/kl.py).
+    (zoo/common/kl.py).
     """
     if kind == "k1":
         return -log_ratio
@@ -272,16 +272,10 @@ def token_rewards(score: Tensor, kl: Tensor, mask: Tensor, beta: float) -> Tenso
 
 
 def gae(
-    reward: Tensor,
-    value: Tensor,
-    next_value: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
-    gamma: float,
-    lam: float,
-) -> Tensor:
-    """Generalised advantage estimates (T, N) (Schulman et al. 2016, arXiv:1506.02438, eq. 16); all inputs (T,
-    N).
+    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor,
+    gamma: float, lam: float,
+) -> Tensor:  # fmt: skip
+    """Generalised advantage estimates (T, N) (Schulman et al. 2016, arXiv:1506.02438, eq. 16) of (T, N).
 
     next_value[t] is V of the true successor of step t. The recursion is cut at every episode's end; the
     bootstrap gamma * next_value only at terminations, because a time limit does not make the future
@@ -289,11 +283,11 @@ def gae(
     """
     delta = reward + gamma * next_value * ~terminated - value
     decay = gamma * lam * ~(terminated | truncated)
-    advantage = torch.empty_like(delta)
-    running = torch.zeros_like(delta[0])
-    for t in reversed(range(len(delta))):
-        advantage[t] = running = delta[t] + decay[t] * running
-    return advantage
+    advantage, running = [], torch.zeros_like(delta[0])
+    for delta_t, decay_t in zip(reversed(delta.unbind()), reversed(decay.unbind()), strict=True):
+        running = delta_t + decay_t * running
+        advantage.append(running)
+    return torch.stack(advantage[::-1])
 
 
 def response_advantages(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
@@ -454,7 +448,7 @@ def reward_stage(args: Args, task: Task, device: torch.device) -> float:
     def ranked_scores(member: Tensor, prompt: Tensor, response: Tensor) -> Tensor:
         """Scores (B, K) of a ranking."""
         prompt, response = prompt.repeat_interleave(args.answers, 0), response.flatten(0, 1)
-        return scores(model, member, prompt, response, task.mask(response)).view(-1, args.answers)
+        return reward_scores(model, member, prompt, response, task.mask(response)).view(-1, args.answers)
 
     def loss(params: Tensor, prompt: Tensor, response: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over the models, each of which learns from rankings (E, B, ...) of its own."""
@@ -505,10 +499,9 @@ def ppo_stage(args: Args, task: Task, device: torch.device) -> float:
     _, policy = make_network(task, args, task.vocab, device)
     fresh, critic = make_network(task, args, 1, device)  # of a reward model's form, too
     ref = earlier_stage(args, "supervised", device)["params"]
-    params = torch.cat(
-        (ref, ref[: -(args.dim + 1) * task.vocab], 0 * fresh[-(args.dim + 1) :])
-    )  # V = 0 at first
-    members = earlier_stage(args, "reward", device)["members"] if args.reward == "model" else []
+    head = args.dim + 1  # parameters, for each output
+    params = torch.cat((ref, ref[: -head * task.vocab], 0 * fresh[-head:]))  # the reference's body, V = 0
+    members: Any = earlier_stage(args, "reward", device)["members"] if args.reward == "model" else []
     beta = args.kl_coef if args.kl_in == "reward" else 0.0
 
     def write(params: Tensor, prompt: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -519,7 +512,9 @@ def ppo_stage(args: Args, task: Task, device: torch.device) -> float:
         if args.reward == "rule":
             return task.reward(prompt, response)
         mask = task.mask(response)
-        return torch.stack([scores(critic, member, prompt, response, mask) for member in members]).mean(0)
+        return torch.stack(
+            [reward_scores(critic, member, prompt, response, mask) for member in members]
+        ).mean(0)
 
     def loss(params: Tensor, batch: Responses, demonstrations: tuple[Tensor, Tensor]):
         log_prob = log_probs(policy, params[: len(ref)], batch.prompt, batch.response)

@@ -10,7 +10,7 @@ from torch.func import grad
 from torch.nn.functional import logsigmoid
 
 from zoo import rlhf
-from zoo.kl import k1, k3
+from zoo.common.kl import k1, k3
 from zoo.rlhf import kl_estimate, ranking_loss, supervised_loss, token_rewards
 
 REWARD = torch.tensor([0.3, -1.2, 0.9, 0.0], dtype=F64)  # of four responses to a prompt

@@ -304,8 +304,8 @@ def measure(
         def total(f: LogProb) -> LogProb:
             return lambda prompt, response: (f(prompt, response) * task.mask(response)).sum(-1)
 
-        tables = (table(total(log_prob)), table(task.reward), table(total(ref_log_prob)))
-        values["eval_gap"] = float(gap(*(x.double() for x in tables), beta))
+        new, reward, old = (table(f).double() for f in (total(log_prob), task.reward, total(ref_log_prob)))
+        values["eval_gap"] = float(gap(new, reward, old, beta))
     prompt = task.prompts(count, generator, held_out=True)
     response, new = write(prompt, generator)
     log_ratio = (new - ref_log_prob(prompt, response)) * task.mask(response)
