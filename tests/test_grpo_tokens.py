@@ -21,9 +21,7 @@ def test_group_advantages_by_hand():
 
 
 def test_process_advantages_by_hand():
-    """Two responses, of two steps and of one: the mean over three steps is 2; a token is credited with its
-    own step.
-    """
+    """Two responses, of two steps and of one, whose mean is 2; a token is credited with its own step."""
     reward = torch.tensor([[[1.0, 4.0], [1.0, 99.0]]])
     mask = torch.tensor([[[True, True], [True, False]]])
     found = process_advantages(reward, mask, std=False)
@@ -66,9 +64,7 @@ def test_the_clip_by_hand():
 
 
 def test_the_clip_of_a_responses_ratio_by_hand():
-    """Both responses have the ratio exp(.3), however their tokens share it; one is clipped, the other is held
-    back.
-    """
+    """Both have the ratio exp(.3), however their tokens share it; one is clipped, the other is not."""
     new, batch = batch_of(torch.tensor([[0.5, -0.2, 0.0], [0.1, 0.2, 0.0]]))
     found, metrics = grpo_loss(new, batch, Args(clip=0.2, ratio="response", length="constant"))
     assert found.item() == pytest.approx(-(1.2 - torch.tensor(0.3).exp().item()) / 2 / 3, abs=1e-6)

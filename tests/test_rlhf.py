@@ -1,6 +1,4 @@
-"""RLHF on tokens: the GPT and its cache, masks, estimators and losses by hand, stages from the command
-line.
-"""
+"""RLHF on tokens: the GPT and its cache, masks, estimators and losses by hand, the stages."""
 
 import json
 from types import SimpleNamespace
@@ -71,9 +69,7 @@ def test_sampled_log_probabilities_equal_recomputed_ones(task):
 
 
 def test_responses_follow_the_policys_probabilities():
-    """Of 40,000 responses of two tokens, each of the 16 as often as the policy says, within 4.5 standard
-    errors.
-    """
+    """40,000 responses, each of 16 as often as the policy says, within 4.5 standard errors."""
     task = Count(vocab=4, length=2, num_prompts=1)
     params, policy = network(task, reference_scale=1.0)
     prompt = task.prompts(40_000, generator())

@@ -1,6 +1,4 @@
-"""Tasks of tokens: their rules, their prompts, exact values against sampled ones, the labeller, the
-environments.
-"""
+"""Tasks of tokens: rules, prompts, exact values against sampled ones, the labeller, environments."""
 
 import gymnasium as gym
 import pytest
@@ -147,9 +145,7 @@ def test_j_by_enumeration_equals_j_by_sampling():
 
 
 def test_pairs_are_labelled_by_bradley_and_terry():
-    """P(first) = sigmoid(difference / temperature), a share of errors turned round; within 4 standard
-    errors.
-    """
+    """P(first) = sigmoid(difference / temperature), errors turned round; within 4 standard errors."""
     reward = torch.tensor([[0.9, 0.4]]).repeat(100_000, 1)
     for temperature, error in ((0.5, 0.0), (0.25, 0.0), (0.5, 0.3)):
         chance = torch.tensor(0.5 / temperature).sigmoid() * (1 - 2 * error) + error

@@ -1,6 +1,4 @@
-"""The losses of tokens against trl's, as scripts/record_trl.py has recorded them (versions in trl.json):
-values and gradients.
-"""
+"""The losses of tokens against trl's, values and gradients, as scripts/record_trl.py recorded them."""
 
 import json
 from pathlib import Path

@@ -1,22 +1,20 @@
 """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) on tasks of tokens, one file.
 
-The best policy for E[r] - beta KL(pi || ref) is pi* = ref exp(r / beta) / Z, so that a reward is beta log(pi*
-/ ref) + beta log Z. In the Bradley-Terry model of two responses to one prompt log Z cancels, and the
+The best policy for E[r] - beta KL(pi || ref) is pi* = ref exp(r / beta) / Z: a reward is
+beta log(pi* / ref) + beta log Z. Where two responses to one prompt are compared log Z cancels, and the
 likelihood of a labeller's choices is a function of the policy: no reward model, no sampling.
 
-    implicit reward   R(x, y) = beta log( pi(y|x) / ref(y|x) )
-    loss              L = -E[ log sigmoid( R(x, y_w) - R(x, y_l) ) ]               y_w the chosen response,
-                      y_l the rejected
-    its gradient        = -beta E[ sigmoid(R_l - R_w) (grad log pi(y_w) - grad log pi(y_l)) ]     weight: how
-                        wrong R is
+    implicit reward   R(x, y) = beta log(pi(y|x) / ref(y|x))
+    loss              L = -E[log sigmoid(R(x, y_w) - R(x, y_l))], y_w the chosen response, y_l the rejected
+    its gradient      -beta E[sigmoid(R_l - R_w) (grad log pi(y_w) - grad log pi(y_l))]: by how wrong R is
 
 Only the difference counts: the chosen response's own likelihood may fall, and does on pairs drawn once.
---online K draws fresh pairs of the present policy K times. Variants: --label-smoothing (a share of the labels
-is taken for wrong: "conservative"), --length-norm (R a token), --reference-free (R = beta log pi).
+--online K has the present policy write fresh pairs K times. Variants: --label-smoothing (a share of the
+labels is taken for wrong), --length-norm (R a token), --reference-free (R = beta log pi).
 
-    python zoo/dpo.py --env Count                     20k comparisons: the gap falls to 0.2 to 0.4, see
-    zoo/rlhf.py python zoo/dpo.py --env Count --online 4          as many visits: below it
-    python zoo/dpo.py --env Sort                      from a weak supervised model
+    python zoo/dpo.py --env Count                      20,000 comparisons; evaluations give the exact gap
+    python zoo/dpo.py --env Count --online 4           as many visits, of fresh pairs
+    python zoo/dpo.py --env Sort                       from a weak supervised model
 """
 
 from collections.abc import Callable
@@ -132,9 +130,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens (B, T) to outputs (B, T, O), each of the tokens up to it; and the cache to go on from, a token
-    at a time.
-    """
+    """Tokens (B, T) to outputs (B, T, O), each of the tokens up to it, and the cache to go on from."""
 
     def __init__(self, vocab: int, context: int, dim: int, layers: int, heads: int, outputs: int):
         super().__init__()
@@ -156,9 +152,7 @@ Forward = Callable[..., tuple[Tensor, Cache]]  # (params, tokens, past=None) -> 
 
 
 def make_network(task: Task, args, outputs: int, device: torch.device) -> tuple[Tensor, Forward]:
-    """A new GPT's parameters as one vector (drawn by torch's global generator), and the GPT as a function of
-    them.
-    """
+    """A new GPT's parameters, by torch's global generator, as one vector; and the GPT as a function of it."""
     context = task.prompt_length + task.response_length
     net = GPT(task.vocab, context, args.dim, args.layers, args.heads, outputs).to(device)
     net.head.weight.data *= args.reference_scale
@@ -171,19 +165,17 @@ def make_network(task: Task, args, outputs: int, device: torch.device) -> tuple[
 
 
 def gumbel(*shape: int, generator: torch.Generator) -> Tensor:
-    """Standard Gumbel noise: the randomness of responses, drawn ahead so that generating is a pure
-    function.
-    """
+    """Standard Gumbel noise, drawn ahead so that to generate is a pure function."""
     return -torch.empty(*shape, device=generator.device).exponential_(generator=generator).log()
 
 
 def generate(
     forward: Forward, params: Tensor, prompt: Tensor, noise: Tensor, end: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Responses (B, L) to prompts (B, P) and their tokens' log-probabilities (B, L); noise (B, L, V), 0 for
-    the likeliest.
+    """Responses (B, L) to prompts (B, P) and their tokens' log-probabilities (B, L); noise (B, L, V) Gumbel.
 
-    After `end` nothing but `end` is written. The policy is asked with a cache: each token is read once.
+    Without noise, 0, the likeliest tokens are written; after `end` nothing but `end`. The policy is asked
+    with a cache: it reads each token once.
     """
     logits, past = forward(params, prompt)
     ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
@@ -202,9 +194,7 @@ def generate(
 
 
 def at_responses(forward: Forward, params: Tensor, prompt: Tensor, response: Tensor) -> Tensor:
-    """The outputs (B, L, O) at the positions where the tokens of responses (B, L) are chosen, one before each
-    token.
-    """
+    """The outputs (B, L, O) where the tokens of responses (B, L) are chosen: one position before each."""
     return forward(params, torch.cat((prompt, response[:, :-1]), 1))[0][:, prompt.shape[1] - 1 :]
 
 
@@ -227,9 +217,7 @@ def supervised_loss(log_prob: Tensor, mask: Tensor) -> Tensor:
 
 
 class Pairs(NamedTuple):
-    """Comparisons: prompts (B, P), both responses (B, L), and ref's log-probability of each whole response
-    (B,).
-    """
+    """Comparisons: prompts (B, P), both responses (B, L), and ref's log-probabilities of them (B,)."""
 
     prompt: Tensor
     chosen: Tensor
@@ -318,8 +306,8 @@ def supervised_step(
 
 
 def pretrain(policy: Forward, params: Tensor, task: Task, args) -> Tensor:
-    """The reference's parameters: a network's after the supervised steps; the same in every file, for the
-    same seed.
+    """The reference's parameters: a network's after the supervised steps, for a seed the same in all
+    files.
     """
     opt = new_adam(params)
     generator = torch.Generator(params.device).manual_seed(generator_seed(args.seed, "demonstrations"))
@@ -403,9 +391,7 @@ def train(args: Args) -> float:
         )
 
     def draw_pairs(writer: Tensor, round_: int) -> Pairs:
-        """The pairs of a round, written by the policy `writer` and labelled; the same again after a
-        resume.
-        """
+        """The pairs of a round, written by the policy `writer`, labelled; the same after a resume."""
         generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "comparisons", round_))
         prompt, response = draw_rankings(
             policy, writer, task, args, args.comparisons // args.online, generator
@@ -422,9 +408,7 @@ def train(args: Args) -> float:
         )
 
     def update(params: Tensor, opt: Moments, batch: Pairs, learning_rate: Tensor):
-        """The minibatch step, a pure function: parameters, optimiser and batch in, the new ones and metrics
-        out.
-        """
+        """A minibatch's step, a pure function: parameters and optimiser in, the new ones and metrics out."""
         grad, (_, metrics) = grad_and_value(loss, has_aux=True)(params, batch)
         grad, grad_norm = clip_grad(grad, args.max_grad_norm)
         return *adam(params, grad, opt, learning_rate), metrics | {"grad_norm": grad_norm}

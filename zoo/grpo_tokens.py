@@ -2,28 +2,25 @@
 
 Every prompt gets G responses; the others of the group take the critic's place:
 
-    A_i     = (r_i - mean(r)) [/ std(r)]                       of a whole response (--level response)
-    A_{i,t} = sum_{index(j) >= t} (r_i^index(j) - mean(R)) [/ std(R)]   of the steps from t on, R all steps of
-    the group (process) L       = -E[ sum_t w_i min(ratio_t A, clip(ratio_t) A) ] + beta KL(pi || ref)
+    response   A_i    = (r_i - mean(r)) [/ std(r)]
+    process    A_i,t  = sum over steps j from t on of (r_i,j - mean(R)) [/ std(R)], R all steps of the group
+    loss       L      = -E[sum_t w_i min(ratio_t A, clip(ratio_t) A)] + beta KL(pi || ref)
 
 What differs between the papers is a flag each:
 
-    --std             divide by the standard deviation (GRPO), or not (GPG, Dr. GRPO): it weighs prompts by
-                      how hard they are
-    --length          w_i = 1 / |o_i| (response: GRPO; short right and long wrong answers gain), 1 / sum |o|
-                      (batch), 1 / L (constant)
-    --ratio           of each token, or of the whole response (DeepSeek-R1's eq. 1)
-    --kl, --kl-in     k3 as a loss a token (GRPO), or k1 in the reward, which alone has pi* = ref exp(r /
-                      beta) / Z as its optimum
-    --kl-level        estimators of a token, or of the whole response, whose log-ratio is summed first
-    --kl-correction   as a loss, times pi / old: without it the estimate is biased after the first step
-                      (arXiv:2510.01555)
+    --std             divide by the standard deviation (GRPO) or not (GPG, Dr. GRPO): it weighs prompts
+    --length          w_i: 1 / |o_i| (response; GRPO, which favours short right and long wrong answers),
+                      1 / all tokens (batch), 1 / L (constant; Dr. GRPO)
+    --ratio           of each token, or of the whole response (DeepSeek-R1, eq. 1)
+    --kl, --kl-in     k3 as a loss (GRPO), or k1 in the reward, which has ref exp(r / beta) / Z as its optimum
+    --kl-level        as a loss: of each token, or of the whole response, whose log-ratio is summed first
+    --kl-correction   as a loss: times pi / old, without which it is biased after the first step
 
-The defaults are the ones that reach the optimum. `--std --length response --kl k3 --kl-in loss` is GRPO as in
-its paper.
+The defaults are those whose fixed point is the optimum. GRPO as in its paper:
+--std --length response --kl k3 --kl-in loss --kl-level token.
 
-    python zoo/grpo_tokens.py --env Count             gap below 0.01, see zoo/rlhf.py
-    python zoo/grpo_tokens.py --env Sort              8 digits; exact answers from under 10% to over 85%
+    python zoo/grpo_tokens.py --env Count              evaluations give the exact gap, see zoo/rlhf.py
+    python zoo/grpo_tokens.py --env Sort               8 digits, from a model that sorts one in twenty
 """
 
 from collections.abc import Callable
@@ -139,9 +136,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens (B, T) to outputs (B, T, O), each of the tokens up to it; and the cache to go on from, a token
-    at a time.
-    """
+    """Tokens (B, T) to outputs (B, T, O), each of the tokens up to it, and the cache to go on from."""
 
     def __init__(self, vocab: int, context: int, dim: int, layers: int, heads: int, outputs: int):
         super().__init__()
@@ -163,9 +158,7 @@ Forward = Callable[..., tuple[Tensor, Cache]]  # (params, tokens, past=None) -> 
 
 
 def make_network(task: Task, args, outputs: int, device: torch.device) -> tuple[Tensor, Forward]:
-    """A new GPT's parameters as one vector (drawn by torch's global generator), and the GPT as a function of
-    them.
-    """
+    """A new GPT's parameters, by torch's global generator, as one vector; and the GPT as a function of it."""
     context = task.prompt_length + task.response_length
     net = GPT(task.vocab, context, args.dim, args.layers, args.heads, outputs).to(device)
     net.head.weight.data *= args.reference_scale
@@ -178,19 +171,17 @@ def make_network(task: Task, args, outputs: int, device: torch.device) -> tuple[
 
 
 def gumbel(*shape: int, generator: torch.Generator) -> Tensor:
-    """Standard Gumbel noise: the randomness of responses, drawn ahead so that generating is a pure
-    function.
-    """
+    """Standard Gumbel noise, drawn ahead so that to generate is a pure function."""
     return -torch.empty(*shape, device=generator.device).exponential_(generator=generator).log()
 
 
 def generate(
     forward: Forward, params: Tensor, prompt: Tensor, noise: Tensor, end: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Responses (B, L) to prompts (B, P) and their tokens' log-probabilities (B, L); noise (B, L, V), 0 for
-    the likeliest.
+    """Responses (B, L) to prompts (B, P) and their tokens' log-probabilities (B, L); noise (B, L, V) Gumbel.
 
-    After `end` nothing but `end` is written. The policy is asked with a cache: each token is read once.
+    Without noise, 0, the likeliest tokens are written; after `end` nothing but `end`. The policy is asked
+    with a cache: it reads each token once.
     """
     logits, past = forward(params, prompt)
     ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
@@ -209,9 +200,7 @@ def generate(
 
 
 def at_responses(forward: Forward, params: Tensor, prompt: Tensor, response: Tensor) -> Tensor:
-    """The outputs (B, L, O) at the positions where the tokens of responses (B, L) are chosen, one before each
-    token.
-    """
+    """The outputs (B, L, O) where the tokens of responses (B, L) are chosen: one position before each."""
     return forward(params, torch.cat((prompt, response[:, :-1]), 1))[0][:, prompt.shape[1] - 1 :]
 
 
@@ -229,8 +218,9 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def kl_estimate(log_ratio: Tensor, kind: str) -> Tensor:
-    """k1, k2 or k3 of KL(pi || ref), log_ratio = log ref - log pi of what pi chose; elementwise
-    (zoo/common/kl.py).
+    """k1, k2 or k3 of KL(pi || ref), elementwise, log_ratio = log ref - log pi of what pi chose.
+
+    See zoo/common/kl.py for what each is an estimate of.
     """
     if kind == "k1":
         return -log_ratio
@@ -279,9 +269,7 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tens
 
 
 class Group(NamedTuple):
-    """A batch to learn from: prompts (B, P), and (B, L) each what was written, its log-probabilities and
-    advantages.
-    """
+    """A batch: prompts (B, P), and (B, L) each what was written, its log-probabilities and advantages."""
 
     prompt: Tensor
     response: Tensor
@@ -292,9 +280,7 @@ class Group(NamedTuple):
 
 
 def token_sum(x: Tensor, mask: Tensor, length: str) -> Tensor:
-    """The mean over responses of sums over tokens (B, L), each divided by its own length, their mean one, or
-    L.
-    """
+    """The mean over responses of sums over tokens (B, L), over its own length, the mean one, or L."""
     if length == "response":
         return ((x * mask).sum(-1) / mask.sum(-1)).mean()
     if length == "batch":
@@ -372,8 +358,8 @@ def supervised_step(
 
 
 def pretrain(policy: Forward, params: Tensor, task: Task, args) -> Tensor:
-    """The reference's parameters: a network's after the supervised steps; the same in every file, for the
-    same seed.
+    """The reference's parameters: a network's after the supervised steps, for a seed the same in all
+    files.
     """
     opt = new_adam(params)
     generator = torch.Generator(params.device).manual_seed(generator_seed(args.seed, "demonstrations"))
@@ -433,9 +419,7 @@ def train(args: Args) -> float:
         return grpo_loss(log_probs(policy, params, batch.prompt, batch.response), batch, args)
 
     def update(params: Tensor, opt: Moments, batch: Group, learning_rate: Tensor):
-        """The minibatch step, a pure function: parameters, optimiser and batch in, the new ones and metrics
-        out.
-        """
+        """A minibatch's step, a pure function: parameters and optimiser in, the new ones and metrics out."""
         grad, (_, metrics) = grad_and_value(loss, has_aux=True)(params, batch)
         grad, grad_norm = clip_grad(grad, args.max_grad_norm)
         return *adam(params, grad, opt, learning_rate), metrics | {"grad_norm": grad_norm}

@@ -1,28 +1,25 @@
-"""Reinforcement learning from human feedback (Ouyang et al. 2022, arXiv:2203.02155), on tasks of tokens, one
-file.
+"""Reinforcement learning from human feedback (Ouyang et al. 2022, arXiv:2203.02155) on tokens, one file.
 
-Three stages, each a run of its own with its folder:
+Three stages, each a run of its own in a folder of its own:
 
-    supervised   a small GPT learns demonstrations:  L = -E[log pi(y_t | x, y_<t)]. What comes out is the
-                 reference.
-    reward       responses of the reference are ranked by a labeller; a GPT with one output learns the order
-                 L = -E[ log sigmoid(r(x, y_w) - r(x, y_l)) ], the mean over all pairs of a ranking (K-wise)
-    ppo          the reference is improved on the reward, and kept near the reference:
+    supervised   a small GPT learns demonstrations, L = -E[log pi(y_t | x, y_<t)]; it becomes the reference
+    reward       a labeller ranks responses of the reference, and a GPT with one output learns the order:
+                 L = -E[log sigmoid(r(x, y_w) - r(x, y_l))], the mean over all pairs of a ranking (K-wise)
+    ppo          the reference is improved on the reward, and kept near itself:
 
-    r_t   = -beta log( pi(y_t|x, y_<t) / ref(y_t|x, y_<t) ),  and r(x, y) on top at the last token
-          [per-token KL]
-    A_t   = GAE of r_t with V(x, y_<t)              a critic of the policy's size, read where y_t is chosen
-    loss  = -E[ min(ratio_t A_t, clip(ratio_t) A_t) ] + c E[(V - A - V_old)^2] - ptx E[log pi(demonstration)]
+    r_t   = -beta log(pi(y_t|x, y_<t) / ref(y_t|x, y_<t)), and r(x, y) on top at the last token
+    A_t   = GAE of r_t with a critic V(x, y_<t), read where y_t is chosen
+    loss  = -E[min(ratio_t A_t, clip(ratio_t) A_t)] + c E[(V - R_t)^2] - ptx E[log pi(demonstration)]
 
 The optimum of E[r] - beta KL(pi || ref) is pi* = ref exp(r / beta) / Z. On Count it is known exactly, and
 evaluations say how far off the policy is: gap = (J* - J) / (J* - J(ref)). Where the KL stands decides whether
-that optimum is reached: k1 in the reward reaches it; k1 as a loss is noise, k3 as a loss has another optimum
+that optimum is reached: k1 in the reward reaches it, k1 as a loss is noise, k3 as a loss has another optimum
 (--kl, --kl-in; zoo/common/kl.py says why).
 
-    python zoo/rlhf.py --env Count --reward rule                      gap 0.01 in 20 s
-    python zoo/rlhf.py --env Sort --reward rule                       8 digits; exact answers from under 10%
-    to over 85% python zoo/rlhf.py --env Sort --stage reward --run-dir DIR        one stage; the ones before
-    it are in DIR, or --earlier
+    python zoo/rlhf.py --env Count --reward rule       the gap falls from 1 to about 0.02 in 200 batches
+    python zoo/rlhf.py --env Sort --reward rule        8 digits, from a model that sorts one in twenty
+    python zoo/rlhf.py --env Sort                      paid by a reward model of 10,000 comparisons
+    python zoo/rlhf.py --env Sort --stage ppo --earlier DIR --run-dir NEW     on DIR's first two stages
 """
 
 import dataclasses
@@ -151,9 +148,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens (B, T) to outputs (B, T, O), each of the tokens up to it; and the cache to go on from, a token
-    at a time.
-    """
+    """Tokens (B, T) to outputs (B, T, O), each of the tokens up to it, and the cache to go on from."""
 
     def __init__(self, vocab: int, context: int, dim: int, layers: int, heads: int, outputs: int):
         super().__init__()
@@ -175,9 +170,7 @@ Forward = Callable[..., tuple[Tensor, Cache]]  # (params, tokens, past=None) -> 
 
 
 def make_network(task: Task, args, outputs: int, device: torch.device) -> tuple[Tensor, Forward]:
-    """A new GPT's parameters as one vector (drawn by torch's global generator), and the GPT as a function of
-    them.
-    """
+    """A new GPT's parameters, by torch's global generator, as one vector; and the GPT as a function of it."""
     context = task.prompt_length + task.response_length
     net = GPT(task.vocab, context, args.dim, args.layers, args.heads, outputs).to(device)
     net.head.weight.data *= args.reference_scale
@@ -190,19 +183,17 @@ def make_network(task: Task, args, outputs: int, device: torch.device) -> tuple[
 
 
 def gumbel(*shape: int, generator: torch.Generator) -> Tensor:
-    """Standard Gumbel noise: the randomness of responses, drawn ahead so that generating is a pure
-    function.
-    """
+    """Standard Gumbel noise, drawn ahead so that to generate is a pure function."""
     return -torch.empty(*shape, device=generator.device).exponential_(generator=generator).log()
 
 
 def generate(
     forward: Forward, params: Tensor, prompt: Tensor, noise: Tensor, end: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Responses (B, L) to prompts (B, P) and their tokens' log-probabilities (B, L); noise (B, L, V), 0 for
-    the likeliest.
+    """Responses (B, L) to prompts (B, P) and their tokens' log-probabilities (B, L); noise (B, L, V) Gumbel.
 
-    After `end` nothing but `end` is written. The policy is asked with a cache: each token is read once.
+    Without noise, 0, the likeliest tokens are written; after `end` nothing but `end`. The policy is asked
+    with a cache: it reads each token once.
     """
     logits, past = forward(params, prompt)
     ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
@@ -221,9 +212,7 @@ def generate(
 
 
 def at_responses(forward: Forward, params: Tensor, prompt: Tensor, response: Tensor) -> Tensor:
-    """The outputs (B, L, O) at the positions where the tokens of responses (B, L) are chosen, one before each
-    token.
-    """
+    """The outputs (B, L, O) where the tokens of responses (B, L) are chosen: one position before each."""
     return forward(params, torch.cat((prompt, response[:, :-1]), 1))[0][:, prompt.shape[1] - 1 :]
 
 
@@ -254,8 +243,9 @@ def normalized(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def kl_estimate(log_ratio: Tensor, kind: str) -> Tensor:
-    """k1, k2 or k3 of KL(pi || ref), log_ratio = log ref - log pi of what pi chose; elementwise
-    (zoo/common/kl.py).
+    """k1, k2 or k3 of KL(pi || ref), elementwise, log_ratio = log ref - log pi of what pi chose.
+
+    See zoo/common/kl.py for what each is an estimate of.
     """
     if kind == "k1":
         return -log_ratio
@@ -291,9 +281,7 @@ def gae(
 
 
 def response_advantages(reward: Tensor, value: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
-    """GAE over the tokens of responses, (B, L) all, 0 beyond their ends: a response is an episode that its
-    last token ends.
-    """
+    """GAE over the tokens of responses, (B, L) all: an episode that its last token ends; 0 beyond it."""
     next_mask = torch.cat((mask[:, 1:], torch.zeros_like(mask[:, :1])), 1)
     next_value = torch.cat((value[:, 1:], torch.zeros_like(value[:, :1])), 1)
     ends, cut = mask & ~next_mask, torch.zeros_like(mask)
@@ -309,7 +297,7 @@ def supervised_loss(log_prob: Tensor, mask: Tensor) -> Tensor:
 
 
 def ranking_loss(score: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """-log sigmoid(r_w - r_l), the mean over all pairs of rankings (B, K), the best first (InstructGPT, eq.
+    """-log sigmoid(r_w - r_l), the mean over all pairs of rankings (B, K), best first (InstructGPT, eq.
     1).
     """
     better, worse = torch.triu_indices(score.shape[1], score.shape[1], 1, device=score.device)
@@ -324,9 +312,7 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tens
 
 
 class Responses(NamedTuple):
-    """A batch to learn from: prompts (B, P), and (B, L) each what was written and what the old networks said
-    of it.
-    """
+    """A batch: prompts (B, P), and (B, L) each what was written and what the old networks said of it."""
 
     prompt: Tensor
     response: Tensor
@@ -340,9 +326,7 @@ class Responses(NamedTuple):
 def rlhf_loss(
     log_prob: Tensor, value: Tensor, batch: Responses, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's loss over the tokens of a batch, log_prob and value (B, L) those of the parameters in
-    training.
-    """
+    """PPO's loss over a batch's tokens, log_prob and value (B, L) by the parameters in training."""
     log_ratio = (log_prob - batch.log_prob) * batch.mask
     pg_loss = -masked_mean(clipped_surrogate(log_ratio, batch.advantage, args.clip), batch.mask)
     v_loss = masked_mean((value - batch.return_) ** 2, batch.mask)
@@ -461,7 +445,7 @@ def reward_stage(args: Args, task: Task, device: torch.device) -> float:
         return *adam(params, clip_grad(grad, args.max_grad_norm)[0], opt, learning_rate), metrics
 
     def evaluate(acting: dict) -> dict[str, float]:
-        """How many held-out pairs are ordered as the labeller has them, by the models' mean score and by the
+        """The share of held-out pairs ordered as by the labeller: by the models' mean score, and by the
         rule.
         """
         score = torch.stack([ranked_scores(member, *held_out) for member in acting["members"]]).mean(0)
@@ -529,9 +513,7 @@ def ppo_stage(args: Args, task: Task, device: torch.device) -> float:
         return total, metrics
 
     def update(params: Tensor, opt: Moments, batch: Responses, demonstrations, learning_rate: Tensor):
-        """The minibatch step, a pure function: parameters, optimiser and batch in, the new ones and metrics
-        out.
-        """
+        """A minibatch's step, a pure function: parameters and optimiser in, the new ones and metrics out."""
         grad, (_, metrics) = grad_and_value(loss, has_aux=True)(params, batch, demonstrations)
         grad, grad_norm = clip_grad(grad, args.max_grad_norm)
         return *adam(params, grad, opt, learning_rate), metrics | {"grad_norm": grad_norm}
@@ -583,9 +565,7 @@ def ppo_stage(args: Args, task: Task, device: torch.device) -> float:
 
 
 def earlier_stage(args: Args, stage: str, device: torch.device) -> dict[str, Tensor]:
-    """What an earlier stage has made. Raises UsageError where it has not been run, or on another task or
-    network.
-    """
+    """What an earlier stage has made. Raises UsageError if it is not there or of another task or network."""
     folder = Path(args.earlier or ".") / stage
     require(
         (folder / "agent.pt").is_file(),
@@ -637,9 +617,7 @@ def check(args: Args) -> None:
 
 
 def train(args: Args) -> float:
-    """Run the stages asked for, each in a folder of its own; the first value of the last one's final
-    evaluation.
-    """
+    """Run the stages asked for, each in its folder; the first value of the last final evaluation."""
     check(args)
     device = setup(args.device, args.threads)
     task = make_task(args.env, args.digits, args.seed)

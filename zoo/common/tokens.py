@@ -41,9 +41,7 @@ class Task:
     end: int | None = None  # the token that ends a response; None: all responses have length L
 
     def prompts(self, count: int, generator: torch.Generator, held_out: bool = False) -> Tensor:
-        """`count` prompts (count, P) on the generator's device; those held out and the others have none in
-        common.
-        """
+        """Prompts (count, P) on the generator's device; those held out and the others have none in common."""
         prompts = self.draw(count, generator)
         while len(wrong := (self.is_held_out(prompts) != held_out).nonzero().squeeze(-1)):
             prompts[wrong] = self.draw(len(wrong), generator)
@@ -70,9 +68,7 @@ class Task:
         raise NotImplementedError
 
     def step_reward(self, prompt: Tensor, response: Tensor) -> Tensor:
-        """What each token earns (B, L); 0 beyond the end of the response. For most tasks the share of right
-        tokens, summed.
-        """
+        """What each token earns (B, L), 0 beyond the response's end; summed, the share of right tokens."""
         answer = self.answer(prompt)
         length = self.mask(answer).sum(-1, keepdim=True)
         return (response == answer) * self.mask(answer) * self.mask(response) / length
@@ -87,9 +83,7 @@ class Task:
         return ((response == answer) | ~self.mask(answer)).all(-1)
 
     def other(self, prompt: Tensor) -> Tensor:
-        """The same question (B, P) for another task, which the policy may know; without another task as it
-        stands.
-        """
+        """The same question (B, P) for another task; where there is none, as it stands."""
         return prompt
 
     def demonstrations(
@@ -154,9 +148,7 @@ class Count(Task):
 
 
 class Sort(Task):
-    """`digits` digits and a command; the response is the digits in rising order, or, by the other command,
-    reversed.
-    """
+    """Digits and a command; the response is the digits in rising order or, by the other command, reversed."""
 
     name = "Sort"
     SORT, REVERSE = 10, 11  # the commands
@@ -180,9 +172,7 @@ class Sort(Task):
 
 
 class Add(Task):
-    """Two numbers of `digits` digits each; the response is the digits of their sum, units first, and the end
-    token.
-    """
+    """Two numbers of as many digits; the response is their sum's digits, units first, and the end token."""
 
     name = "Add"
     PLUS, end = 10, 11
@@ -242,9 +232,7 @@ class Optimum(NamedTuple):
 
 
 def optimum(reward: Tensor, ref_log_prob: Tensor, beta: float) -> Optimum:
-    """pi* = ref exp(r / beta) / Z and J* = beta log Z, the mean over prompts; tables (N, M) (Rafailov et al.
-    2023, eq. 4).
-    """
+    """pi* = ref exp(r / beta) / Z and J* = beta log Z, the mean over prompts; tables (N, M)."""
     tilted = ref_log_prob + reward / beta
     log_z = tilted.logsumexp(-1, keepdim=True)
     return Optimum(tilted - log_z, beta * log_z.mean())
@@ -322,9 +310,7 @@ def measure(
 
 
 class TokenEnv(gym.Env):
-    """A task as an environment: one-hot rows of the prompt and of what is written so far; the action is the
-    next token.
-    """
+    """A task as an environment: one-hot rows of prompt and response so far; the action is a token."""
 
     def __init__(self, task: str, held_out: bool = False, **settings: Any):
         self.task, self.held_out = TASKS[task](**settings), held_out
