@@ -37,7 +37,7 @@ def table(rollout, copy):
 
 def test_a_collected_batch_is_the_script():
     envs = make_envs("probe/Scripted-v0", 2)
-    rollout, obs, episodes = collect(envs, envs.reset(0), act_0, torch.zeros(8, 2, 2))
+    rollout, obs, episodes = collect(envs, envs.reset(range(envs.num_envs)), act_0, torch.zeros(8, 2, 2))
     assert table(rollout, 0) == FIRST
     assert table(rollout, 1) == SECOND
     assert obs.tolist() == [[10], [20]]  # what to act on next: the first observations of new episodes
@@ -51,7 +51,7 @@ def test_a_collected_batch_is_the_script():
 def test_a_batch_goes_on_where_the_last_one_stopped():
     """A rollout's boundary is no episode's end: returns and lengths run on, and the last row's successor is the next row."""
     envs = make_envs("probe/Scripted-v0", 2)
-    obs, rows, ended = envs.reset(0), [], []
+    obs, rows, ended = envs.reset(range(envs.num_envs)), [], []
     for _ in range(4):
         rollout, obs, episodes = collect(envs, obs, act_0, torch.zeros(2, 2, 2))
         rows += table(rollout, 0)
@@ -62,8 +62,8 @@ def test_a_batch_goes_on_where_the_last_one_stopped():
 
 def test_a_reset_starts_everything_afresh():
     envs = make_envs("probe/Scripted-v0", 2)
-    collect(envs, envs.reset(0), act_0, torch.zeros(1, 2, 2))  # leaves the first copy in mid-episode
-    rollout, _, episodes = collect(envs, envs.reset(0), act_0, torch.zeros(8, 2, 2))
+    collect(envs, envs.reset(range(envs.num_envs)), act_0, torch.zeros(1, 2, 2))  # leaves the first copy in mid-episode
+    rollout, _, episodes = collect(envs, envs.reset(range(envs.num_envs)), act_0, torch.zeros(8, 2, 2))
     assert table(rollout, 0) == FIRST and episodes == EPISODES
 
 
@@ -75,7 +75,7 @@ def test_the_collected_action_is_what_was_acted_and_what_act_saw_is_the_obs():
         return noise * 2
 
     noise = torch.randn(3, 2, 4)
-    rollout, _, _ = collect(envs, envs.reset(0), act, noise)
+    rollout, _, _ = collect(envs, envs.reset(range(envs.num_envs)), act, noise)
     assert torch.equal(rollout.action, noise * 2)  # unclipped, in the policy's scale: its log-probability is of this
     assert torch.equal(rollout.obs, torch.stack([obs for obs, _ in seen]))
     assert torch.equal(torch.stack([step_noise for _, step_noise in seen]), noise)
@@ -87,7 +87,7 @@ def test_cartpole_equals_gymnasiums(vectorize):
     n, steps = 3, 300
     actions = np.random.default_rng(0).integers(0, 2, (steps, n))
     envs = make_envs("CartPole-v1", n)
-    obs, ended = envs.reset(7), 0
+    obs, ended = envs.reset(range(7, 7 + n)), 0
     if vectorize:
         theirs = gym.make_vec("CartPole-v1", n, "sync", vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP})
         np.testing.assert_array_equal(obs, theirs.reset(seed=7)[0])
@@ -114,7 +114,7 @@ def test_cartpole_equals_gymnasiums(vectorize):
 
 def test_a_time_limit_truncates_and_keeps_the_successor():
     envs = make_envs("probe/Endless-v0", 1)
-    envs.reset(0)
+    envs.reset(range(envs.num_envs))
     steps = [envs.step(np.zeros(1, int)) for _ in range(10)]
     assert [bool(step.truncated[0]) for step in steps] == [False, False, False, False, True] * 2
     assert not any(step.terminated[0] for step in steps)
@@ -128,7 +128,7 @@ def test_a_time_limit_truncates_and_keeps_the_successor():
 def test_box_actions_are_mapped_to_the_bounds():
     """Bounds [-4, 4], [0, 1], [1, inf), (-inf, inf): the policy's [-1, 1] spans the first two, the others take it as it is."""
     envs = make_envs("probe/Bounds-v0", 2)
-    envs.reset(0)
+    envs.reset(range(envs.num_envs))
     envs.step(np.array([[0.5, 0.5, 3.0, 300.0], [-1.0, -1.0, 1.5, -300.0]], np.float32))
     envs.step(np.array([[1.7, 1.7, -5.0, 0.0], [-2.0, -2.0, 0.5, 0.0]], np.float32))  # outside: clipped
     first, second = (env.unwrapped.actions for env in envs.envs)
@@ -140,7 +140,7 @@ def test_box_actions_are_mapped_to_the_bounds():
 
 def test_box_actions_of_integers_are_rounded():
     envs = make_envs("probe/BoxInteger-v0", 1)
-    envs.reset(0)
+    envs.reset(range(envs.num_envs))
     for action in (-1.0, -0.8, -0.7, 0.2, 0.3, 0.9):
         envs.step(np.array([[action]]))
     assert [a.tolist() for a in envs.envs[0].unwrapped.actions] == [[-2], [-2], [-1], [0], [1], [2]]
@@ -154,7 +154,7 @@ def test_box_actions_keep_to_bounds_that_rounding_would_overstep():
 
 def test_box_actions_get_their_shape_back():
     envs = make_envs("probe/BoxMatrix-v0", 1)
-    envs.reset(0)
+    envs.reset(range(envs.num_envs))
     envs.step(np.array([[0.0, 0.1, 0.2, 0.3, 0.4, 0.5]]))
     np.testing.assert_allclose(envs.envs[0].unwrapped.actions[0], [[0.0, 0.2, 0.4], [0.6, 0.8, 1.0]], rtol=1e-6)
     assert envs.action_dim == 6
@@ -162,7 +162,7 @@ def test_box_actions_get_their_shape_back():
 
 def test_discrete_actions_count_from_the_spaces_start():
     envs = make_envs("probe/DiscreteStart-v0", 1)
-    envs.reset(0)
+    envs.reset(range(envs.num_envs))
     for action in (0, 2, 1):
         envs.step(np.array([action]))
     assert envs.envs[0].unwrapped.actions == [5, 7, 6] and envs.action_dim == 3 and envs.discrete
@@ -171,7 +171,7 @@ def test_discrete_actions_count_from_the_spaces_start():
 def test_images_are_flattened_in_c_order():
     envs = make_envs("probe/Image-v0", 2)
     assert envs.obs_dim == 24
-    obs = envs.reset(0)
+    obs = envs.reset(range(envs.num_envs))
     np.testing.assert_array_equal(obs, np.tile(np.arange(24), (2, 1)))
     step = envs.step(np.zeros(2, int))
     np.testing.assert_array_equal(step.obs, np.tile(np.arange(24) + 1, (2, 1)))
@@ -180,7 +180,7 @@ def test_images_are_flattened_in_c_order():
 
 def test_scalar_observations():
     envs = make_envs("probe/ScalarObs-v0", 2)
-    assert envs.obs_dim == 1 and envs.reset(0).shape == (2, 1) and envs.step(np.zeros(2, int)).obs.shape == (2, 1)
+    assert envs.obs_dim == 1 and envs.reset(range(envs.num_envs)).shape == (2, 1) and envs.step(np.zeros(2, int)).obs.shape == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_closing_closes_every_copy(monkeypatch):
 def run_until_fault(name, seed=0):
     envs = make_envs(f"probe/Faulty-{name}-v0", 3)
     envs.envs[0].unwrapped.at = envs.envs[2].unwrapped.at = 10**9  # the second copy is the faulty one
-    envs.reset(seed)
+    envs.reset(range(seed, seed + 3))
     with pytest.raises(EnvironmentFault) as fault:
         for _ in range(200):
             envs.step(np.zeros(3, int))
@@ -284,7 +284,7 @@ def test_a_non_finite_observation_at_a_reset_names_the_environment():
     envs = make_envs("probe/Faulty-reset-v0", 3)
     for i, env in enumerate(envs.envs):
         env.unwrapped.at = 2 if i == 1 else 10**9
-    envs.reset(0)
+    envs.reset(range(envs.num_envs))
     envs.step(np.zeros(3, int))
     envs.envs[0].unwrapped.t = 0  # now the second and third end one step before the first
     envs.step(np.zeros(3, int))
@@ -300,7 +300,7 @@ def test_what_an_environment_raises_is_told_in_one_line():
 
 def test_a_reward_in_an_array_is_a_number_if_it_holds_one(monkeypatch):
     envs = make_envs("probe/OddReward-v0", 2)
-    envs.reset(0)
+    envs.reset(range(envs.num_envs))
     step = envs.step(np.zeros(2, int))
     assert step.reward.tolist() == [2.0, 2.0] and step.terminated.tolist() == [False, False]
     for name, value in (("reward", np.zeros(2)), ("reward", None), ("flag", np.zeros((1, 2), bool))):
@@ -313,7 +313,7 @@ def test_a_reward_in_an_array_is_a_number_if_it_holds_one(monkeypatch):
 def test_an_observation_beyond_float32_is_non_finite(monkeypatch):
     """The networks see float32: 1e39 is infinite there."""
     envs = make_envs("probe/Act-v0", 1)
-    envs.reset(0)
+    envs.reset(range(envs.num_envs))
     monkeypatch.setattr(envs.envs[0].unwrapped, "see", lambda: np.array([1e39]))
     with pytest.raises(EnvironmentFault, match="non-finite observation"):
         envs.step(np.zeros(1, int))

@@ -11,7 +11,7 @@ pytestmark = [
     pytest.mark.skipif(Batch is None, reason="needs MuJoCo 4.0 or later"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Gymnasium's, of the v4 tasks
 ]
-N, STEPS, SEED = 3, 200, 5
+N, STEPS, SEEDS = 3, 200, [5, 9, 6]
 NAMES = [
     "HalfCheetah",
     "Hopper",
@@ -54,11 +54,11 @@ def pair(env_id, threads=2, **parameters):
 def test_trajectories_equal_gymnasium(env_id, parameters):
     engine, loop = pair(env_id, max_episode_steps=70, **parameters)
     assert serves(loop.envs[0])
-    np.testing.assert_array_equal(engine.reset(SEED), loop.reset(SEED))
+    np.testing.assert_array_equal(engine.reset(SEEDS), loop.reset(SEEDS))
     rng, ended = np.random.default_rng(0), 0
     for t in range(STEPS):
         if t == STEPS // 2:  # a new seed in mid-episode restarts everything
-            np.testing.assert_array_equal(engine.reset(SEED + 10), loop.reset(SEED + 10))
+            np.testing.assert_array_equal(engine.reset([1, 1, 5]), loop.reset([1, 1, 5]))
         action = rng.uniform(-1.2, 1.2, (N, engine.action_dim))
         ours, theirs = engine.step(action), loop.step(action)
         for field in ("obs", "next_obs", "terminated", "truncated"):
@@ -83,8 +83,8 @@ def test_time_limit_keeps_the_true_successor(limit):
     single = gym.make("HalfCheetah-v4", max_episode_steps=limit or -1)
     engine = MujocoVectorEnv("HalfCheetah-v4", N, single, np.float64, 2)
     free = MujocoVectorEnv("HalfCheetah-v4", N, gym.make("HalfCheetah-v4"), np.float64, 2)  # its limit is 1000
-    first, action = engine.reset(SEED), np.full((N, engine.action_dim), 0.5)
-    np.testing.assert_array_equal(first, free.reset(SEED))
+    first, action = engine.reset(SEEDS), np.full((N, engine.action_dim), 0.5)
+    np.testing.assert_array_equal(first, free.reset(SEEDS))
     for _ in range(4):
         assert not engine.step(action).truncated.any()
         free.step(action)
@@ -105,7 +105,7 @@ def test_the_number_of_threads_does_not_matter():
     for env_id in ("Walker2d-v4", "Ant-v5"):
         one, two = (MujocoVectorEnv(env_id, 5, gym.make(env_id), threads=threads) for threads in (1, 2))
         assert (one.batch.nthread, two.batch.nthread) == (1, 2)
-        np.testing.assert_array_equal(one.reset(SEED), two.reset(SEED))
+        np.testing.assert_array_equal(one.reset(range(5)), two.reset(range(5)))
         rng = np.random.default_rng(1)
         for _ in range(60):
             action = rng.uniform(-1, 1, (5, one.action_dim)).astype(np.float32)
@@ -152,7 +152,7 @@ def test_a_users_model_is_the_one_stepped(tmp_path):
     path.write_text(heavy)
     engine, loop = pair("Hopper-v5", xml_file=str(path))
     assert engine.env.model.opt.timestep == 0.004
-    np.testing.assert_array_equal(engine.reset(SEED), loop.reset(SEED))
+    np.testing.assert_array_equal(engine.reset(SEEDS), loop.reset(SEEDS))
     for _ in range(30):
         ours, theirs = engine.step(np.full((N, 3), 0.3)), loop.step(np.full((N, 3), 0.3))
         np.testing.assert_array_equal(ours.next_obs, theirs.next_obs)

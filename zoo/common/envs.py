@@ -12,7 +12,7 @@ is right at every row: time limits bootstrap, terminations do not.
 import contextlib
 import difflib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -57,11 +57,16 @@ class VectorEnv:
             self._low, self._high = low, high
         self._returns, self._lengths = np.zeros(num_envs), np.zeros(num_envs, dtype=np.int64)
 
-    def reset(self, seed: int) -> np.ndarray:
-        """Start every episode afresh, environment i from seed + i; (N, D) first observations."""
+    def reset(self, seeds: Sequence[int]) -> np.ndarray:
+        """Start every episode afresh, environment i from seeds[i] (see seeding.py); (N, D) first observations.
+
+        Raises ValueError where there is not one seed for each environment.
+        """
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"reset takes one seed for each of {self.num_envs} environments, not {len(seeds)}")
         self._returns[:], self._lengths[:] = 0, 0
         every = np.arange(self.num_envs)
-        return self._checked(self._cast(self._restart(every, seed)), "observation at reset", every)
+        return self._checked(self._cast(self._restart(every, seeds)), "observation at reset", every)
 
     def step(self, action: np.ndarray) -> Step:
         """Advance by one action each: (N,) integers, or (N, A) numbers in the policy's scale."""
@@ -97,8 +102,9 @@ class VectorEnv:
             raise EnvironmentFault(f"{self.env_id} returned a non-finite {what} in environment {bad} of {self.num_envs}")
         return values
 
-    def _restart(self, index: np.ndarray, seed: int | None) -> np.ndarray:
-        """Begin new episodes in the environments of `index` (seeded, or going on with their generators)."""
+    def _restart(self, index: np.ndarray, seeds: Sequence[int] | None) -> np.ndarray:
+        """Begin new episodes in the environments of `index`, (len(index), D): in all with their seeds, or going on with
+        their generators."""
         raise NotImplementedError  # each engine has its own
 
     def _advance(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -122,8 +128,8 @@ class GymnasiumVectorEnv(VectorEnv):
         super().__init__(env_id, num_envs, single, dtype)
         self.envs = [single] + [make_single(env_id) for _ in range(num_envs - 1)]
 
-    def _restart(self, index, seed):
-        return np.stack([self._call(i, "reset", seed=None if seed is None else seed + int(i))[0] for i in index])
+    def _restart(self, index, seeds):
+        return np.stack([self._call(i, "reset", seed=None if seeds is None else int(seeds[i]))[0] for i in index])
 
     def _advance(self, action):
         actions = action.tolist() if self.discrete else action.astype(self.action_dtype).reshape(-1, *self.action_shape)

@@ -82,10 +82,9 @@ class MujocoVectorEnv(VectorEnv):
         self.generators = [np.random.default_rng() for _ in range(num_envs)]
         self.elapsed = np.zeros(num_envs, dtype=np.int64)
 
-    def _restart(self, index, seed):
-        if seed is not None:
-            for i in index:
-                self.generators[i], _ = seeding.np_random(seed + int(i))
+    def _restart(self, index, seeds):
+        if seeds is not None:
+            self.generators = [seeding.np_random(int(seed))[0] for seed in seeds]
         self._call(self.batch.reset, index, stage=mujoco.mjtStage.mjSTAGE_NONE.value)
         for i in index:
             self.sim.qpos[i], self.sim.qvel[i] = self.task.start(self.env, self.generators[i])
