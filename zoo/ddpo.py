@@ -50,12 +50,18 @@ class Args(RunArgs):
     eval_every: int = 15_360  # chains between evaluations; 0: at the end only
     method: Literal["score", "is"] = "score"  # one step on fresh chains, or several, importance sampled
     kl: Literal["none", "loss", "return", "log-ratio"] = "return"  # where the KL to the reference stands
-    beta: float = 0.5  # weight of the path's KL; with --kl none only of the tilt that the samples are compared to
+    beta: float = (
+        0.5  # weight of the path's KL; with --kl none only of the tilt that the samples are compared to
+    )
     num_chains: int = 512  # chains between updates
     num_epochs: int = 1  # passes over a batch of chains, with --method is
-    minibatch_size: int = 5120  # denoising steps in a gradient step, with --method is; must divide chains x steps
+    minibatch_size: int = (
+        5120  # denoising steps in a gradient step, with --method is; must divide chains x steps
+    )
     clip: float | None = None  # eps of the clipped ratio, with --method is; None: unclipped
-    reduce: Literal["sum", "mean"] = "sum"  # over dimensions, of squared distances; mean makes the ratio's d-th root of it
+    reduce: Literal["sum", "mean"] = (
+        "sum"  # over dimensions, of squared distances; mean makes the ratio's d-th root of it
+    )
     learning_rate: float = 2e-3  # Adam's
     anneal: bool = True  # let the learning rate fall linearly to 0 over the run
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm
@@ -84,7 +90,9 @@ class Denoiser(nn.Module):
 
     def __init__(self, dim: int, contexts: int, steps: int, hidden: tuple[int, ...]):
         super().__init__()
-        self.register_buffer("time", torch.linspace(0, 1, steps + 1)[:, None] * torch.pi * 2.0 ** torch.arange(4))
+        self.register_buffer(
+            "time", torch.linspace(0, 1, steps + 1)[:, None] * torch.pi * 2.0 ** torch.arange(4)
+        )
         self.register_buffer("one_hot", torch.eye(contexts))
         widths = (dim + 8 + contexts, *hidden)
         layers = [m for i, o in zip(widths, hidden, strict=False) for m in (nn.Linear(i, o), nn.SiLU())]
@@ -131,7 +139,9 @@ def squared(difference: Tensor, reduce: str) -> Tensor:
 def step_log_prob(x_next: Tensor, mean: Tensor, sigma: Tensor, reduce: str = "sum") -> Tensor:
     """log pi(x_{t-1} | x_t) (B,), S0 (19), or with `mean` a d-th of it; x_next, mean (B, d), sigma (B,)."""
     size = mean.shape[-1] if reduce == "sum" else 1
-    return -squared(x_next - mean, reduce) / (2 * sigma**2) - size * (sigma.log() + 0.9189385332046727)  # log(2 pi) / 2
+    return -squared(x_next - mean, reduce) / (2 * sigma**2) - size * (
+        sigma.log() + 0.9189385332046727
+    )  # log(2 pi) / 2
 
 
 def step_kl(mean: Tensor, ref_mean: Tensor, sigma: Tensor, reduce: str = "sum") -> Tensor:
@@ -139,7 +149,9 @@ def step_kl(mean: Tensor, ref_mean: Tensor, sigma: Tensor, reduce: str = "sum") 
     return squared(mean - ref_mean, reduce) / (2 * sigma**2)
 
 
-def sample_chain(step: Callable[..., Tensor], params: Tensor, noise: Tensor, context: Tensor, sigma: Tensor) -> tuple:
+def sample_chain(
+    step: Callable[..., Tensor], params: Tensor, noise: Tensor, context: Tensor, sigma: Tensor
+) -> tuple:
     """States x_0 .. x_T (T + 1, B, d) and means of the steps 1 .. T (T, B, d); noise (T + 1, B, d), its last row x_T."""
     states, means = [noise[-1]], []
     for t in range(len(noise) - 1, 0, -1):
@@ -166,7 +178,7 @@ def pretrain_loss(
     return (error**2).mean()
 
 
-class Batch(NamedTuple):
+class Denoising(NamedTuple):
     """Denoising steps of chains, with what the sampling policy and the reference said of them, (B, ...) each."""
 
     x: Tensor
@@ -178,21 +190,27 @@ class Batch(NamedTuple):
     advantage: Tensor
 
 
-def advantages(reward: Tensor, kl: Tensor, log_ratio: Tensor, context: Tensor, place: str, beta: float) -> Tensor:
+def chain_advantages(
+    reward: Tensor, kl: Tensor, log_ratio: Tensor, context: Tensor, place: str, beta: float
+) -> Tensor:
     """A_t (T, B) of the module's docstring; reward, context (B,), kl and log_ratio of the steps 1 .. T (T, B).
 
-    The mean taken off is that over the chains of one context at one step, a baseline of (t, c).
+    The mean taken off is that over the other chains of the same context at the same step, at least one.
     """
     return_ = reward.expand_as(kl)
     if place == "return":
-        return_ = return_ - beta * (kl.cumsum(0) - kl)  # of the steps after t, which are those of a lower index
+        return_ = return_ - beta * (
+            kl.cumsum(0) - kl
+        )  # of the steps after t, which are those of a lower index
     if place == "log-ratio":
         return_ = return_ - beta * log_ratio
     members = nn.functional.one_hot(context).to(return_.dtype)
-    return return_ - ((return_ @ members) / members.sum(0).clamp(min=1)) @ members.T
+    size = members.sum(0)
+    centred = return_ - (return_ @ members / size) @ members.T
+    return centred * (size / (size - 1))[context]  # as if each chain's own return had not been in its baseline
 
 
-def ddpo_loss(params: Tensor, batch: Batch, mean: Callable, sigma: Tensor, args: Args) -> tuple[Tensor, dict]:
+def ddpo_loss(params: Tensor, batch: Denoising, mean: Callable, sigma: Tensor, args: Args) -> tuple[Tensor, dict]:
     """The loss of a batch of denoising steps and what to log of it; a mean over steps, where J has a sum."""
     mu, std = mean(params, batch.x, batch.t, batch.context), sigma[batch.t]
     log_ratio = step_log_prob(batch.x_next, mu, std, args.reduce) - batch.log_prob
@@ -224,7 +242,9 @@ class State(NamedTuple):
     generator: torch.Generator
 
 
-def pretrain(params: Tensor, loss: Callable, target: Target, schedule: Schedule, generator: torch.Generator, args: Args) -> Tensor:
+def pretrain(
+    params: Tensor, loss: Callable, target: Target, schedule: Schedule, generator: torch.Generator, args: Args
+) -> Tensor:
     """The parameters after pretraining on the target's own points; loss(params, x0, context, t, eps)."""
 
     def update(params, opt, batch, learning_rate):
@@ -244,8 +264,8 @@ def pretrain(params: Tensor, loss: Callable, target: Target, schedule: Schedule,
     return params
 
 
-def collect(sample: Callable, mean: Callable, target: Target, schedule: Schedule, state: State, args: Args):
-    """New chains as a Batch (T, N, ...) and what to log of them; mean(params, x, t, context), sample as `sample_chain`."""
+def collect_chains(sample: Callable, mean: Callable, target: Target, schedule: Schedule, state: State, args: Args):
+    """New chains as Denoising (T, N, ...) and what to log of them; mean(params, x, t, context), sample as `sample_chain`."""
     device, sigma = state.params.device, schedule.sigma
     context = torch.arange(args.num_chains, device=device) % target.contexts
     noise = torch.empty(schedule.steps + 1, args.num_chains, target.dim, device=device)
@@ -258,23 +278,36 @@ def collect(sample: Callable, mean: Callable, target: Target, schedule: Schedule
     std = sigma[t]
     reward, kl = target.reward(states[0]), step_kl(means, ref_means, std)
     log_ratio = step_log_prob(states[:-1], means, std) - step_log_prob(states[:-1], ref_means, std)
-    advantage = advantages(reward, kl, log_ratio, context, args.kl, args.beta)
+    advantage = chain_advantages(reward, kl, log_ratio, context, args.kl, args.beta)
     log_prob = step_log_prob(states[:-1], means, std, args.reduce)
     metrics = {"reward": reward.mean(), "reward_std": reward.std(), "path_kl": kl.sum(0).mean()}
-    return Batch(states[1:], states[:-1], t, contexts, log_prob, ref_means, advantage), metrics
+    return Denoising(states[1:], states[:-1], t, contexts, log_prob, ref_means, advantage), metrics
 
 
 def check(args: Args) -> None:
     """Refuse arguments that cannot work together."""
     check_args(
         args,
-        at_least_1=("num_chains", "num_epochs", "minibatch_size", "hidden", "pretrain_batch", "pretrain_steps"),
+        at_least_1=(
+            "num_chains",
+            "num_epochs",
+            "minibatch_size",
+            "hidden",
+            "pretrain_batch",
+            "pretrain_steps",
+        ),
         fractions=("eta",),
         positive=("beta", "learning_rate", "max_grad_norm", "clip", "min_sigma", "pretrain_rate"),
     )
     require(args.steps >= 2, f"--steps must be at least 2, not {args.steps}")
-    require(args.eta > 0, f"--eta {args.eta:g}: steps without noise have no log-probability; it must be greater than 0")
-    require(args.method == "is" or args.clip is None, f"--clip {args.clip}: of --method is only; score has no ratio")
+    require(
+        args.eta > 0,
+        f"--eta {args.eta:g}: steps without noise have no log-probability; it must be greater than 0",
+    )
+    require(
+        args.method == "is" or args.clip is None,
+        f"--clip {args.clip}: of --method is only; score has no ratio",
+    )
     rows = args.num_chains * args.steps
     require(
         args.method == "score" or rows % args.minibatch_size == 0,
@@ -309,7 +342,9 @@ def train(args: Args) -> float:
 
     def update(params, opt, batch, learning_rate):
         """The gradient step, a pure function: parameters, optimiser and batch in, the new ones and metrics out."""
-        grad, (_, metrics) = grad_and_value(ddpo_loss, has_aux=True)(params, batch, mean, schedule.sigma, args)
+        grad, (_, metrics) = grad_and_value(ddpo_loss, has_aux=True)(
+            params, batch, mean, schedule.sigma, args
+        )
         grad, grad_norm = clip_grad(grad, args.max_grad_norm)
         params, opt = adam(params, grad, opt, learning_rate)
         return params, opt, metrics | {"grad_norm": grad_norm}
@@ -328,13 +363,13 @@ def train(args: Args) -> float:
     while run.step + args.num_chains <= args.total_steps:
         remaining = 1 - run.step / args.total_steps
         learning_rate = torch.tensor(args.learning_rate * (remaining if args.anneal else 1.0), device=device)
-        batch, means = collect(sample, mean, target, schedule, state, args)
-        batch = Batch(*(x.flatten(0, 1) for x in batch))
+        batch, means = collect_chains(sample, mean, target, schedule, state, args)
+        batch = Denoising(*(x.flatten(0, 1) for x in batch))
         params, opt, metrics = state.params, state.opt, []
         for _ in range(epochs):
             order = torch.randperm(rows, generator=generator, device=device) if size < rows else slice(None)
             for minibatch in zip(*(column[order].split(size) for column in batch), strict=True):
-                params, opt, info = update(params, opt, Batch(*minibatch), learning_rate)
+                params, opt, info = update(params, opt, Denoising(*minibatch), learning_rate)
                 metrics.append(info)
         state = state._replace(params=params, opt=opt)
         means |= {name: torch.stack([info[name] for info in metrics]).mean() for name in metrics[0]}
