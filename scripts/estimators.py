@@ -44,10 +44,11 @@ from zoo.common.cli import require
 from zoo.common.device import flatten
 from zoo.common.envs import make_envs
 from zoo.common.errors import RunFault, UsageError
-from zoo.common.files import load_checkpoint, portable, save_checkpoint, write_atomically, writing
+from zoo.common.files import load_checkpoint, save_checkpoint, write_atomically, writing
 from zoo.common.normalize import normalize
 from zoo.common.optim import adam, new_adam
 from zoo.common.run import Run
+from zoo.common.state import portable
 from zoo.kl import ESTIMATORS, in_reward
 from zoo.reinforce import collect_episodes, leave_one_out, returns_to_go
 

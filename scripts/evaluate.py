@@ -18,11 +18,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from zoo.common.cli import require
+from zoo.common.args import require
 from zoo.common.envs import VectorEnv, make_envs
 from zoo.common.errors import RunFault, UsageError
+from zoo.common.evaluate import Policy, evaluate
 from zoo.common.files import load_checkpoint
-from zoo.common.run import Policy, evaluate
 
 
 @dataclass

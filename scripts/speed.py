@@ -103,8 +103,10 @@ def ours(args: Args, seed: int) -> Measured:
         _, process, memory = run_child([*command, "--no-progress", "--run-dir", str(folder)])
         with open(folder / "progress.csv", newline="") as file:
             rows = [(int(row["step"]), float(row["wall_time"])) for row in csv.DictReader(file)]
-        # The table's last row was timed before the last evaluation, the checkpoint after it.
-        end = load_checkpoint(folder / "checkpoint.pt", "run")["run"]["wall_time"]
+        # The last checkpoint is written before the last evaluation, the table's last row filled in after it.
+        written = {name: (folder / name).stat().st_mtime for name in ("checkpoint.pt", "progress.csv")}
+        evaluation = written["progress.csv"] - written["checkpoint.pt"]
+        end = load_checkpoint(folder / "checkpoint.pt", "run")["run"]["wall_time"] + evaluation
     step, wall_time = next(row for row in rows if row[0] >= args.steps // 10)
     return Measured((rows[-1][0] - step) / (end - wall_time), process, memory, rows[0][1])
 

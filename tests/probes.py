@@ -1,4 +1,4 @@
-"""Environments that isolate one faculty each, that follow a written script, or that misbehave; `register` names them probe/...
+"""Environments that isolate one faculty each, follow a written script, or misbehave; `register` names them probe/...
 
 The first kind has answers known in advance, which a right agent reaches in seconds:
 
@@ -18,6 +18,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
 UNIT = Box(-1.0, 1.0, (1,), np.float32)
 TWO_TO_SIX = Box(2.0, 6.0, (1,), np.float32)
+F32 = np.finfo(np.float32).max
 
 
 class Probe(gym.Env):
@@ -168,6 +169,36 @@ class OddReward(Probe):
         return self.see(), self.reward, self.flag, self.flag, {}
 
 
+class Misfit(Probe):
+    """Endless; `given` holds what its methods return instead of what is right."""
+
+    observation_space = Box(-1.0, 1.0, (2,), np.float32)
+
+    def __init__(self):
+        self.given = {}
+
+    def see(self):
+        return np.array([0.25, 0.5], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        return self.given.get("reset", (self.see(), {}))
+
+    def step(self, action):
+        return self.given.get("step", (self.see(), 1.0, False, False, {}))
+
+
+class Far(RandomSign):
+    """The observation is 1e8 or 1e8 + 1, which are one number in float32."""
+
+    observation_space = Box(-np.inf, np.inf, (1,), np.float64)
+
+    def see(self):
+        return np.array([1e8 + (self.obs > 0)])
+
+    def step(self, action):
+        return self.see(), 1.0, True, False, {}
+
+
 class Image(Probe):
     """Observations (2, 3, 4) of bytes: 0, 1, 2, ... in C order, plus the step's number."""
 
@@ -187,14 +218,36 @@ SPACES = {
     "MultiDiscreteAction": dict(action_space=MultiDiscrete([2, 3])),
     "DictAction": dict(action_space=Dict({"a": Discrete(2)})),
     # the third is bounded below only, the fourth not at all
-    "Bounds": dict(action_space=Box(np.array([-4, 0, 1, -np.inf], "f4"), np.array([4, 1, np.inf, np.inf], "f4"))),
+    "Bounds": dict(
+        action_space=Box(np.array([-4, 0, 1, -np.inf], "f4"), np.array([4, 1, np.inf, np.inf], "f4"))
+    ),
     "BoxInteger": dict(action_space=Box(-2, 2, (1,), np.int64)),
     "BoxTenths": dict(action_space=Box(0.5, 0.58, (1,), np.float64)),
     "BoxMatrix": dict(action_space=Box(-2.0, 2.0, (2, 3), np.float32)),
+    # no bound, written as a large one: the fourth is bounded, and far from 0
+    "BoxHuge": dict(
+        action_space=Box(np.array([-1e6, 0, -F32, 1e6], "f4"), np.array([1e6, F32, F32, 1e6 + 2], "f4"))
+    ),
+    "BoxHugeInteger": dict(action_space=Box(-(2**31), 2**31 - 1, (1,), np.int32)),
+    "BoxWide": dict(action_space=Box(-1e5, 1e5, (1,), np.float32)),
+    "IntegerObs": dict(observation_space=Box(-(2**31), 2**31 - 1, (1,), np.int32)),
     "DiscreteStart": dict(action_space=Discrete(3, start=5)),
     "ScalarObs": dict(observation_space=Box(-1.0, 1.0, (), np.float32)),
 }
-SIMPLE = [ConstantValue, ObservedReward, Discount, Act, ActBox, ActOnObs, ActOnObsBox, Scripted, OddReward, Image]
+SIMPLE = [
+    ConstantValue,
+    ObservedReward,
+    Discount,
+    Act,
+    ActBox,
+    ActOnObs,
+    ActOnObsBox,
+    Scripted,
+    OddReward,
+    Misfit,
+    Far,
+    Image,
+]
 
 
 def register():

@@ -1,10 +1,16 @@
 """The transition contract: what `VectorEnv.step` yields and `ppo.collect` gathers; spaces, actions, faults of environments."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
+from zoo.common import vector_env
 from zoo.common.envs import GymnasiumVectorEnv, make_envs
 from zoo.common.errors import EnvironmentFault, RunFault, UsageError
 from zoo.common.mujoco_engine import Batch
@@ -31,7 +37,13 @@ EPISODES = [(3, 1), (3, 2), (3, 1), (15, 3), (7, 1), (15, 3), (8, 1), (7, 1), (8
 
 def table(rollout, copy):
     """The rows of one copy as in FIRST."""
-    columns = (rollout.obs[..., 0], rollout.reward, rollout.next_obs[..., 0], rollout.terminated, rollout.truncated)
+    columns = (
+        rollout.obs[..., 0],
+        rollout.reward,
+        rollout.next_obs[..., 0],
+        rollout.terminated,
+        rollout.truncated,
+    )
     return [tuple(float(column[t, copy]) for column in columns) for t in range(len(rollout.reward))]
 
 
@@ -62,7 +74,9 @@ def test_a_batch_goes_on_where_the_last_one_stopped():
 
 def test_a_reset_starts_everything_afresh():
     envs = make_envs("probe/Scripted-v0", 2)
-    collect(envs, envs.reset(range(envs.num_envs)), act_0, torch.zeros(1, 2, 2))  # leaves the first copy in mid-episode
+    collect(
+        envs, envs.reset(range(envs.num_envs)), act_0, torch.zeros(1, 2, 2)
+    )  # leaves the first copy in mid-episode
     rollout, _, episodes = collect(envs, envs.reset(range(envs.num_envs)), act_0, torch.zeros(8, 2, 2))
     assert table(rollout, 0) == FIRST and episodes == EPISODES
 
@@ -76,20 +90,25 @@ def test_the_collected_action_is_what_was_acted_and_what_act_saw_is_the_obs():
 
     noise = torch.randn(3, 2, 4)
     rollout, _, _ = collect(envs, envs.reset(range(envs.num_envs)), act, noise)
-    assert torch.equal(rollout.action, noise * 2)  # unclipped, in the policy's scale: its log-probability is of this
+    assert torch.equal(
+        rollout.action, noise * 2
+    )  # unclipped, in the policy's scale: its log-probability is of this
     assert torch.equal(rollout.obs, torch.stack([obs for obs, _ in seen]))
     assert torch.equal(torch.stack([step_noise for _, step_noise in seen]), noise)
 
 
+@pytest.mark.parametrize("engine", ["classic", "gymnasium"])
 @pytest.mark.parametrize("vectorize", [False, True])
-def test_cartpole_equals_gymnasiums(vectorize):
+def test_cartpole_equals_gymnasiums(vectorize, engine):
     """Seeds and actions alike: a plain loop with a manual reset, and SyncVectorEnv in the mode that fills in no rows."""
     n, steps = 3, 300
     actions = np.random.default_rng(0).integers(0, 2, (steps, n))
-    envs = make_envs("CartPole-v1", n)
+    envs = make_envs("CartPole-v1", n, engine)
     obs, ended = envs.reset(range(7, 7 + n)), 0
     if vectorize:
-        theirs = gym.make_vec("CartPole-v1", n, "sync", vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP})
+        theirs = gym.make_vec(
+            "CartPole-v1", n, "sync", vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+        )
         np.testing.assert_array_equal(obs, theirs.reset(seed=7)[0])
     else:
         loop = [gym.make("CartPole-v1") for _ in range(n)]
@@ -104,7 +123,10 @@ def test_cartpole_equals_gymnasiums(vectorize):
         else:
             rows = [env.step(a)[:4] for env, a in zip(loop, action, strict=True)]
             next_obs, reward, terminated, truncated = (np.array(column) for column in zip(*rows, strict=True))
-            obs = [env.reset()[0] if ends else o for env, o, ends in zip(loop, next_obs, terminated | truncated, strict=True)]
+            obs = [
+                env.reset()[0] if ends else o
+                for env, o, ends in zip(loop, next_obs, terminated | truncated, strict=True)
+            ]
         for ours, other in zip(step[:5], (obs, reward, next_obs, terminated, truncated), strict=True):
             np.testing.assert_array_equal(ours, other)
         ended += len(step.episodes)
@@ -138,6 +160,29 @@ def test_box_actions_are_mapped_to_the_bounds():
     assert envs.action_dim == 4 and not envs.discrete
 
 
+@pytest.mark.filterwarnings("error")
+def test_huge_bounds_are_none(capsys):
+    """+-1e6, [0, the largest float32] and twice that: as with no bounds, but clipped. [1e6, 1e6 + 2] is scaled."""
+    vector_env._warn_once.cache_clear()
+    envs = make_envs("probe/BoxHuge-v0", 1)
+    warning = capsys.readouterr().err
+    assert warning.startswith(
+        "warning: probe/BoxHuge-v0: action 0 has bounds -1e+06 and 1e+06, too far apart"
+    )
+    assert warning.count("\n") == 1 and "clipped" in warning
+    envs.reset([0])
+    envs.step(np.array([[0.5, 0.5, 0.5, 0.5]], np.float32))
+    envs.step(np.array([[-2e6, -1.0, 3e38, 2.0]], np.float32))
+    seen = [a.tolist() for a in envs.envs[0].unwrapped.actions]
+    assert seen == [[0.5, 0.5, 0.5, 1e6 + 1.5], [-1e6, 0, float(np.float32(3e38)), 1e6 + 2]]
+    make_envs("probe/BoxHuge-v0", 1)
+    assert capsys.readouterr().err == ""  # said once
+    envs = make_envs("probe/BoxHugeInteger-v0", 1)
+    assert envs.to_env_action(np.array([[2.7]])) == 3 and "action 0 has bounds" in capsys.readouterr().err
+    envs = make_envs("probe/BoxWide-v0", 1)  # the widest that is scaled
+    assert envs.to_env_action(np.array([[0.5]])) == 5e4 and capsys.readouterr().err == ""
+
+
 def test_box_actions_of_integers_are_rounded():
     envs = make_envs("probe/BoxInteger-v0", 1)
     envs.reset(range(envs.num_envs))
@@ -156,7 +201,9 @@ def test_box_actions_get_their_shape_back():
     envs = make_envs("probe/BoxMatrix-v0", 1)
     envs.reset(range(envs.num_envs))
     envs.step(np.array([[0.0, 0.1, 0.2, 0.3, 0.4, 0.5]]))
-    np.testing.assert_allclose(envs.envs[0].unwrapped.actions[0], [[0.0, 0.2, 0.4], [0.6, 0.8, 1.0]], rtol=1e-6)
+    np.testing.assert_allclose(
+        envs.envs[0].unwrapped.actions[0], [[0.0, 0.2, 0.4], [0.6, 0.8, 1.0]], rtol=1e-6
+    )
     assert envs.action_dim == 6
 
 
@@ -180,7 +227,11 @@ def test_images_are_flattened_in_c_order():
 
 def test_scalar_observations():
     envs = make_envs("probe/ScalarObs-v0", 2)
-    assert envs.obs_dim == 1 and envs.reset(range(envs.num_envs)).shape == (2, 1) and envs.step(np.zeros(2, int)).obs.shape == (2, 1)
+    assert (
+        envs.obs_dim == 1
+        and envs.reset(range(envs.num_envs)).shape == (2, 1)
+        and envs.step(np.zeros(2, int)).obs.shape == (2, 1)
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,7 +253,11 @@ def test_spaces_that_are_refused(name, words):
 
 @pytest.mark.parametrize(
     ("env_id", "nearest"),
-    [("CartPol-v1", "CartPole-v1"), ("HalfChetah-v4", "HalfCheetah-v4"), ("probe/Endles-v0", "probe/Endless-v0")],
+    [
+        ("CartPol-v1", "CartPole-v1"),
+        ("HalfChetah-v4", "HalfCheetah-v4"),
+        ("probe/Endles-v0", "probe/Endless-v0"),
+    ],
 )
 def test_an_unknown_id_is_told_with_the_nearest(env_id, nearest):
     with pytest.raises(UsageError) as refusal:
@@ -241,22 +296,63 @@ def test_no_environments():
 @pytest.mark.skipif(Batch is None, reason="needs MuJoCo 4.0 or later")
 def test_the_engine_is_chosen_by_the_task():
     engines = {(env_id, engine): make_envs(env_id, 1, engine, threads=1).engine for env_id, engine in (
-        ("CartPole-v1", "auto"), ("CartPole-v1", "gymnasium"), ("HalfCheetah-v4", "auto"),
+        ("CartPole-v1", "auto"), ("CartPole-v1", "classic"), ("CartPole-v1", "gymnasium"), ("HalfCheetah-v4", "auto"),
         ("HalfCheetah-v4", "mujoco"), ("HalfCheetah-v4", "gymnasium"), ("probe/Act-v0", "auto"),
     )}  # fmt: skip
-    served = [key for key, engine in engines.items() if engine == "mujoco"]
-    assert served == [("HalfCheetah-v4", "auto"), ("HalfCheetah-v4", "mujoco")]
-    with pytest.raises(UsageError, match="mujoco does not serve CartPole-v1"):
-        make_envs("CartPole-v1", 1, "mujoco")
+    assert list(engines.values()) == [
+        "classic",
+        "classic",
+        "gymnasium",
+        "mujoco",
+        "mujoco",
+        "gymnasium",
+        "gymnasium",
+    ]
+    for env_id, engine in (
+        ("CartPole-v1", "mujoco"),
+        ("HalfCheetah-v4", "classic"),
+        ("probe/Act-v0", "classic"),
+    ):
+        with pytest.raises(UsageError, match=f"engine {engine} does not serve {env_id}"):
+            make_envs(env_id, 1, engine)
 
 
-def test_closing_closes_every_copy(monkeypatch):
+def test_leaving_or_closing_closes_every_copy(monkeypatch):
     envs, closed = make_envs("probe/Act-v0", 3), []
     assert isinstance(envs, GymnasiumVectorEnv)
     for i, env in enumerate(envs.envs):
         monkeypatch.setattr(env, "close", lambda i=i: closed.append(i))
     envs.close()
     assert closed == [0, 1, 2]
+    with pytest.raises(KeyError), envs as entered:
+        assert entered is envs and closed == [0, 1, 2]
+        raise KeyError
+    assert closed == [0, 1, 2] * 2
+
+
+def test_no_two_of_the_engines_files_import_each_other():
+    """Read from the sources, where imports within functions stand too."""
+    names = ("envs", "vector_env", "classic_engine", "mujoco_engine", "mujoco_tasks", "seeding", "errors")
+    texts = {name: (Path(vector_env.__file__).parent / f"{name}.py").read_text() for name in names}
+    left = {
+        name: {x for x in names if re.search(rf"from zoo.common(\.{x} import| import {x}\b)", texts[name])}
+        for name in names
+    }
+    assert {"vector_env", "classic_engine", "mujoco_engine"} <= left["envs"]
+    while leaves := [
+        name for name in left if not left[name] & left.keys()
+    ]:  # those that import nothing that is left
+        for name in leaves:
+            del left[name]
+    assert not left
+
+
+@pytest.mark.skipif(Batch is None, reason="needs MuJoCo 4.0 or later")
+def test_mujoco_is_imported_for_its_tasks_only():
+    code = "import sys; from zoo.common.envs import make_envs; make_envs({!r}, 1); print('mujoco' in sys.modules)"
+    for env_id, imported in (("CartPole-v1", "False"), ("Swimmer-v5", "True")):
+        run = [sys.executable, "-c", code.format(env_id)]
+        assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() == imported
 
 
 # --- faults of environments -----------------------------------------------------------------------------------------------
@@ -294,7 +390,10 @@ def test_a_non_finite_observation_at_a_reset_names_the_environment():
 
 def test_what_an_environment_raises_is_told_in_one_line():
     message, steps = run_until_fault("raise")
-    assert message.startswith("probe/Faulty-raise-v0 raised ZeroDivisionError in step: the physics") and steps == 40
+    assert (
+        message.startswith("probe/Faulty-raise-v0 raised ZeroDivisionError in step: the physics")
+        and steps == 40
+    )
     assert "exploded" in message and "\n" not in message
 
 
@@ -304,12 +403,133 @@ def test_a_reward_in_an_array_is_a_number_if_it_holds_one(monkeypatch):
     step = envs.step(np.zeros(2, int))
     assert step.reward.tolist() == [2.0, 2.0] and step.terminated.tolist() == [False, False]
     for name, value in (("reward", np.zeros(2)), ("reward", None), ("flag", np.zeros((1, 2), bool))):
-        with monkeypatch.context() as patch, pytest.raises(EnvironmentFault, match="not one number each"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(EnvironmentFault, match=r"not one (number|bool) each"),
+        ):
             patch.setattr(envs.envs[1].unwrapped, name, value)
             envs.step(np.zeros(2, int))
 
 
-@pytest.mark.filterwarnings("ignore:overflow")
+RIGHT_STEP = r"right is step\(action\) -> \(obs, reward, terminated, truncated, info\)"
+RIGHT_RESET = r"right is reset\(seed=None, options=None\) -> \(obs, info\)"
+SEEN = np.array([0.25, 0.5], np.float32)
+MISFITS = [
+    ("step", (SEEN, 1.0, False, {}), f"step returned 4 values; {RIGHT_STEP}"),
+    ("step", (SEEN, 1.0, False), f"step returned 3 values; {RIGHT_STEP}"),
+    ("step", SEEN, f"step returned one ndarray; {RIGHT_STEP}"),
+    ("step", None, f"step returned one NoneType; {RIGHT_STEP}"),
+    (
+        "step",
+        (SEEN, 1.0, {}, False, {}),
+        r"step returned as terminated \[False, {}, False\], not one bool each",
+    ),
+    ("step", (SEEN, 1.0, False, 0.5, {}), r"step returned as truncated .*, not one bool each"),
+    ("step", (SEEN, "1.0", False, False, {}), r"step returned as reward .*, not one number each"),
+    ("step", (SEEN, None, False, False, {}), r"step returned as reward .*, not one number each"),
+    (
+        "step",
+        (SEEN[:1], 1.0, False, False, {}),
+        r"step returned an observation of shape \(1,\), not \(2,\) as",
+    ),
+    (
+        "step",
+        (SEEN[None], 1.0, False, False, {}),
+        r"step returned an observation of shape \(1, 2\), not \(2,\) as",
+    ),
+    ("step", (0.25, 1.0, False, False, {}), r"step returned an observation of shape \(\), not \(2,\) as"),
+    (
+        "step",
+        ({"a": SEEN}, 1.0, False, False, {}),
+        r"step returned as observation a dict, not numbers of shape \(2,\)",
+    ),
+    ("step", ([[1], [1, 2]], 1.0, False, False, {}), r"step returned as observation a list, not numbers"),
+    (
+        "step",
+        (SEEN.astype(object), 1.0, False, False, {}),
+        r"step returned as observation a ndarray, not numbers",
+    ),
+    ("reset", SEEN, f"reset returned one ndarray; {RIGHT_RESET}"),
+    ("reset", (SEEN, {}, {}), f"reset returned 3 values; {RIGHT_RESET}"),
+    ("reset", (np.zeros(3), {}), r"reset returned an observation of shape \(3,\), not \(2,\) as"),
+    ("reset", (None, {}), r"reset returned as observation a NoneType, not numbers of shape \(2,\)"),
+]
+
+
+@pytest.mark.parametrize(("method", "given", "message"), MISFITS)
+def test_what_breaks_gymnasiums_api_is_told_in_one_line(method, given, message):
+    """An old step's info would be taken for `truncated`, a smaller observation broadcast, and training would go on."""
+    envs = make_envs("probe/Misfit-v0", 3)
+    envs.reset(range(3))
+    assert envs.step(np.zeros(3, int)).next_obs.tolist() == [[0.25, 0.5]] * 3
+    envs.envs[1].unwrapped.given[method] = given
+    with pytest.raises(EnvironmentFault, match=rf"^probe/Misfit-v0: {message}[^\n]*\Z"):
+        envs.reset(range(3)) if method == "reset" else envs.step(np.zeros(3, int))
+
+
+def test_what_a_wrapper_cannot_unpack_is_told_with_what_is_right():
+    class Old(gym.Env):
+        observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
+
+        def step(self, action):
+            return SEEN, 1.0, False, {}
+
+    class New(Old):
+        def reset(self, *, seed=None, options=None):
+            return SEEN, {}
+
+    class Older(Old):
+        def reset(self):
+            return SEEN
+
+    for cls in (New, Older):
+        gym.register(f"probe/{cls.__name__}-v0", cls, max_episode_steps=5)
+    try:
+        envs = make_envs("probe/New-v0", 1)
+        envs.reset([0])
+        with pytest.raises(EnvironmentFault, match=rf"raised ValueError in step: .* got 4\); {RIGHT_STEP}\Z"):
+            envs.step(np.zeros(1, int))
+        with pytest.raises(EnvironmentFault, match=rf"raised TypeError in reset: .*; {RIGHT_RESET}\Z"):
+            make_envs("probe/Older-v0", 1).reset([0])
+    finally:
+        for cls in (New, Older):
+            gym.registry.pop(f"probe/{cls.__name__}-v0")
+
+
+def test_lists_of_numbers_are_observations_and_0_and_1_are_flags():
+    envs = make_envs("probe/Misfit-v0", 2)
+    envs.reset(range(2))
+    envs.envs[1].unwrapped.given["step"] = ([1, 2], 3, np.bool_(True), 0, {})
+    step = envs.step(np.zeros(2, int))
+    assert step.next_obs.tolist() == [[0.25, 0.5], [1, 2]] and step.reward.tolist() == [1, 3]
+    assert step.terminated.tolist() == [False, True] and step.truncated.tolist() == [False, False]
+
+
+def test_copies_that_share_one_array_are_told_apart(monkeypatch):
+    envs, shared = make_envs("probe/Misfit-v0", 3), np.zeros(2, np.float32)
+
+    def step(self, action):
+        shared[:] = action
+        return shared, 1.0, False, False, {}
+
+    monkeypatch.setattr(type(envs.envs[0].unwrapped), "step", step)
+    envs.reset(range(3))
+    assert envs.step(np.array([0, 1, 0])).next_obs.tolist() == [[0, 0], [1, 1], [0, 0]]
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_that_float32_cannot_tell_apart_stay_apart():
+    """Normalised first and rounded then, 1e8 and 1e8 + 1 are two observations."""
+    envs = make_envs("probe/Far-v0", 16)
+    obs = envs.reset(range(16))
+    assert obs.dtype == np.float64 and set(obs[:, 0]) == {1e8, 1e8 + 1}
+    step = envs.step(np.zeros(16, int))
+    np.testing.assert_array_equal(step.next_obs, obs)
+    assert step.obs.dtype == step.next_obs.dtype == np.float64
+    assert make_envs("probe/IntegerObs-v0", 1).reset([0]).dtype == np.float64
+    assert make_envs("CartPole-v1", 1).reset([0]).dtype == np.float32
+
+
 def test_an_observation_beyond_float32_is_non_finite(monkeypatch):
     """The networks see float32: 1e39 is infinite there."""
     envs = make_envs("probe/Act-v0", 1)

@@ -26,7 +26,10 @@ NAMES = [
 RANGES = {"healthy_z_range": (0.9, 3.0), "healthy_angle_range": (-0.5, 0.5)}
 CASES: list[tuple[str, dict]] = [(f"{name}-v{version}", {}) for name in NAMES for version in (4, 5)] + [
     # every parameter away from its default, so that none is a constant of the engine
-    ("HalfCheetah-v5", {"forward_reward_weight": 2.0, "ctrl_cost_weight": 0.7, "reset_noise_scale": 0.3, "frame_skip": 3}),
+    (
+        "HalfCheetah-v5",
+        {"forward_reward_weight": 2.0, "ctrl_cost_weight": 0.7, "reset_noise_scale": 0.3, "frame_skip": 3},
+    ),
     ("Swimmer-v4", {"exclude_current_positions_from_observation": False, "forward_reward_weight": 3.0}),
     ("Hopper-v4", {"terminate_when_unhealthy": False, "healthy_reward": 0.3}),
     ("Hopper-v5", {"terminate_when_unhealthy": False, "healthy_reward": 0.3, **RANGES}),
@@ -34,7 +37,10 @@ CASES: list[tuple[str, dict]] = [(f"{name}-v{version}", {}) for name in NAMES fo
     ("Walker2d-v5", {"exclude_current_positions_from_observation": False, "ctrl_cost_weight": 0.2, **RANGES}),
     ("Ant-v4", {"use_contact_forces": True, "contact_force_range": (-0.5, 0.7), "contact_cost_weight": 0.1}),
     ("Ant-v5", {"include_cfrc_ext_in_observation": False, "main_body": 3, "healthy_z_range": (0.55, 0.9)}),
-    ("Humanoid-v5", {"include_cvel_in_observation": False, "contact_cost_weight": 1e-3, "contact_cost_range": (0.1, 0.5)}),
+    (
+        "Humanoid-v5",
+        {"include_cvel_in_observation": False, "contact_cost_weight": 1e-3, "contact_cost_range": (0.1, 0.5)},
+    ),
     ("Reacher-v5", {"reward_dist_weight": 2.0, "reward_control_weight": 3.0}),
     ("InvertedPendulum-v5", {"reset_noise_scale": 0.1}),
     ("InvertedDoublePendulum-v5", {"reset_noise_scale": 0.3, "healthy_reward": 4.0}),
@@ -46,7 +52,12 @@ def pair(env_id, threads=2, **parameters):
     engine = MujocoVectorEnv(env_id, N, gym.make(env_id, **parameters), np.float64, threads)
     loop = GymnasiumVectorEnv(env_id, 1, gym.make(env_id, **parameters), np.float64)
     loop.envs += [gym.make(env_id, **parameters) for _ in range(N - 1)]
-    loop.num_envs, loop._returns, loop._lengths = N, np.zeros(N), np.zeros(N, np.int64)
+    loop.num_envs, loop._every, loop._returns, loop._lengths = (
+        N,
+        np.arange(N),
+        np.zeros(N),
+        np.zeros(N, np.int64),
+    )
     return engine, loop
 
 
@@ -62,7 +73,9 @@ def test_trajectories_equal_gymnasium(env_id, parameters):
         action = rng.uniform(-1.2, 1.2, (N, engine.action_dim))
         ours, theirs = engine.step(action), loop.step(action)
         for field in ("obs", "next_obs", "terminated", "truncated"):
-            np.testing.assert_array_equal(getattr(ours, field), getattr(theirs, field), f"{field} at step {t}")
+            np.testing.assert_array_equal(
+                getattr(ours, field), getattr(theirs, field), f"{field} at step {t}"
+            )
         # For a row of a matrix NumPy rounds Reacher's norm and the pendulum's squares otherwise than for one vector
         last_bit = 1e-14 if env_id.startswith(("Reacher", "InvertedDouble")) else 0
         np.testing.assert_allclose(ours.reward, theirs.reward, rtol=0, atol=last_bit)
@@ -73,16 +86,26 @@ def test_trajectories_equal_gymnasium(env_id, parameters):
 
 def test_every_v4_and_v5_task_is_served_or_known():
     """A task that Gymnasium has and the engine does not is listed here, so that one silently lost is noticed."""
-    ids = {i for i in gym.registry if i.endswith(("-v4", "-v5")) and "envs.mujoco" in str(gym.spec(i).entry_point)}
+    ids = {
+        i
+        for i in gym.registry
+        if i.endswith(("-v4", "-v5")) and "envs.mujoco" in str(gym.spec(i).entry_point)
+    }
     ids.discard("Pusher-v4")  # cannot be made with MuJoCo 3 or later
-    assert {i for i in ids if not serves(gym.make(i))} == {"HumanoidStandup-v4", "HumanoidStandup-v5", "Pusher-v5"}
+    assert {i for i in ids if not serves(gym.make(i))} == {
+        "HumanoidStandup-v4",
+        "HumanoidStandup-v5",
+        "Pusher-v5",
+    }
 
 
 @pytest.mark.parametrize("limit", [5, None])
 def test_time_limit_keeps_the_true_successor(limit):
     single = gym.make("HalfCheetah-v4", max_episode_steps=limit or -1)
     engine = MujocoVectorEnv("HalfCheetah-v4", N, single, np.float64, 2)
-    free = MujocoVectorEnv("HalfCheetah-v4", N, gym.make("HalfCheetah-v4"), np.float64, 2)  # its limit is 1000
+    free = MujocoVectorEnv(
+        "HalfCheetah-v4", N, gym.make("HalfCheetah-v4"), np.float64, 2
+    )  # its limit is 1000
     first, action = engine.reset(SEEDS), np.full((N, engine.action_dim), 0.5)
     np.testing.assert_array_equal(first, free.reset(SEEDS))
     for _ in range(4):

@@ -9,7 +9,9 @@ from zoo.common.errors import UsageError
 from zoo.common.replay import ReplayBuffer
 
 CPU = torch.device("cpu")
-CUDA = pytest.param(torch.device("cuda"), marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))
+CUDA = pytest.param(
+    torch.device("cuda"), marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+)
 
 
 class Story:
@@ -23,7 +25,9 @@ class Story:
     def tell(self, buffer):
         """One step of all environments, stored."""
         n = self.num_envs
-        busy = len(self.true) // n % 24 >= 12  # endings come in bursts, so that room for them is short again and again
+        busy = (
+            len(self.true) // n % 24 >= 12
+        )  # endings come in bursts, so that room for them is short again and again
         chances = [0.1, 0.3, 0.3, 0.3] if busy else [0.91, 0.03, 0.03, 0.03]
         kind = self.rng.choice(["", "terminated", "truncated", "both"], size=n, p=chances)
         terminated, truncated = np.isin(kind, ["terminated", "both"]), np.isin(kind, ["truncated", "both"])
@@ -31,7 +35,9 @@ class Story:
         reward, ended = self.rng.random(n), terminated | truncated
         obs = np.where(ended[:, None], next_obs * np.float32([1, 1, 0]) + np.float32([0, 1, 0]), next_obs)
         buffer.add(
-            self.obs, torch.as_tensor(action), Step(obs, reward, next_obs, terminated, truncated, [(0.0, 1)] * int(ended.sum()))
+            self.obs,
+            torch.as_tensor(action),
+            Step(obs, reward, next_obs, terminated, truncated, [(0.0, 1)] * int(ended.sum())),
         )
         rows = zip(self.obs, action, reward.astype(np.float32), next_obs, terminated, strict=True)
         self.true += [tuple(np.atleast_1d(x).tolist() for x in row) for row in rows]
@@ -46,7 +52,10 @@ def as_tuples(transitions):
 
 
 def drawn(buffer, count):
-    columns = (x.reshape(count, -1).tolist() for x in buffer.sample(count, torch.Generator(buffer.obs.device).manual_seed(0)))
+    columns = (
+        x.reshape(count, -1).tolist()
+        for x in buffer.sample(count, torch.Generator(buffer.obs.device).manual_seed(0))
+    )
     return as_tuples(zip(*columns, strict=True))
 
 
@@ -82,7 +91,9 @@ def test_a_buffer_saved_and_restored_goes_on_without_joining_episodes(steps):
 def test_a_buffer_of_another_size_is_refused():
     state = ReplayBuffer(7, 3, 3, 2, CPU).state()
     for slots, num_envs in ((8, 3), (7, 2)):
-        with pytest.raises(UsageError, match=f"--buffer-size, --num-envs: {slots} steps of {num_envs} .* 7 steps of 3"):
+        with pytest.raises(
+            UsageError, match=f"--buffer-size, --num-envs: {slots} steps of {num_envs} .* 7 steps of 3"
+        ):
             ReplayBuffer(slots, num_envs, 3, 2, CPU).restore(state)
 
 

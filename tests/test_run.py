@@ -1,4 +1,4 @@
-"""The plumbing around an agent, tried on a scripted one: folders, tables, checkpoints, resuming, faults, exit statuses."""
+"""The plumbing around an agent, tried on a scripted one: folders, checkpoints, resuming, faults, endings."""
 
 import csv
 import dataclasses
@@ -7,27 +7,35 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
-from zoo.common.cli import RunArgs, check_args, main, parse
+import zoo.common.evaluate
+from zoo.common.args import RunArgs, check_args
+from zoo.common.cli import main, parse
 from zoo.common.envs import VectorEnv
-from zoo.common.errors import EnvironmentFault, RunFault, UsageError
-from zoo.common.files import load_checkpoint, portable, save_checkpoint
-from zoo.common.run import COLUMNS, Run, evaluate
+from zoo.common.errors import EnvironmentFault, Interrupted, RunFault, UsageError
+from zoo.common.evaluate import Evaluation, evaluate
+from zoo.common.files import load_checkpoint, save_checkpoint
+from zoo.common.logs import COLUMNS
+from zoo.common.process import Process
+from zoo.common.run import Run
 
 
 class Countdown(VectorEnv):
-    """A scripted task: after a reset with a seed slot i plays an episode of i + 1 steps, then ever episodes of one step.
+    """A scripted task: after a reset slot i plays an episode of i + 1 steps, then ever episodes of one step.
 
     The observation is the steps left, the reward 1 plus the action plus the seed's last digit in thousandths.
     """
@@ -37,12 +45,13 @@ class Countdown(VectorEnv):
         single.observation_space = gym.spaces.Box(-1, 1, (1,))
         single.action_space = gym.spaces.Discrete(2)
         super().__init__("Countdown-v0", num_envs, single)
-        self.left, self.endless, self.seeds = np.ones(num_envs), endless, []
+        self.left, self.endless, self.seeds, self.closed = np.ones(num_envs), endless, [], False
 
-    def _restart(self, index, seed):
-        self.left[index] = 1 if seed is None else index + 1
-        self.seeds += [] if seed is None else [seed]
-        self.bonus = self.bonus if seed is None else (seed % 10) / 1000
+    def _restart(self, index, seeds):
+        self.left[index] = 1 if seeds is None else index + 1
+        if seeds is not None:
+            self.seeds.append(list(seeds))
+            self.bonus = np.array(seeds) % 10 / 1000
         return self.left[index, None]
 
     def _advance(self, action):
@@ -50,10 +59,15 @@ class Countdown(VectorEnv):
         ended = (self.left <= 0) & (not self.endless)
         return self.left[:, None].copy(), 1.0 + action + self.bonus, ended, np.zeros(len(ended), bool)
 
+    def close(self):
+        self.closed = True
+
 
 @dataclass
 class Args(RunArgs):
     """A scripted agent."""
+
+    kept: ClassVar = (*RunArgs.kept, "clip")
 
     env: str = "Countdown-v0"
     total_steps: int = 1000
@@ -66,10 +80,19 @@ class Args(RunArgs):
     """step at which the loss becomes NaN"""
     stop_at: int = 0
     """step at which the process gets a signal, itself"""
+    stop_in_evaluation: int = 0
+    """step whose evaluation gets it"""
     kill: int = int(signal.SIGINT)
     """that signal"""
+    signals: int = 1
+    """how many of them"""
     fault: str = ""
-    """what happens at step 500"""
+    """what happens at step 500, or in an evaluation"""
+
+
+class State(NamedTuple):
+    weights: torch.Tensor
+    rng: torch.Generator
 
 
 def policy(obs):
@@ -79,46 +102,57 @@ def policy(obs):
 def train(args: Args) -> float:
     """A random walk stands for learning: all that it needs to go on is in `state`."""
     check_args(args)
-    run = Run(args, "scripted", Countdown(args.num_envs), lambda: Countdown(3))
-    rng, weights = torch.Generator().manual_seed(args.seed), torch.zeros(4)
-    if (saved := run.restore()) is not None:
-        rng.set_state(saved["rng"])
-        weights = saved["weights"]
+
+    def kill(due):
+        for _ in range(args.signals if due else 0):
+            os.kill(os.getpid(), args.kill)
+
+    def score(acting):
+        if args.fault == "evaluation":
+            raise EnvironmentFault("it broke")
+        kill(args.stop_in_evaluation == run.step)
+        returns, _ = evaluate(policy, Countdown(3), args.eval_episodes, args.seed)
+        torch.rand(7)  # as a network does that is made to be filled
+        return {"eval_return": float(returns.mean() + acting["weights"][0]), "eval_std": float(returns.std())}
+
+    run = Run(args, "scripted", score, engine="none")
+    state = run.restore(State(torch.zeros(4), torch.Generator().manual_seed(args.seed)))
     while run.step < args.total_steps:
         step = run.step + 100
-        weights = weights + torch.randn(4, generator=rng)
-        if args.stop_at == step:
-            os.kill(os.getpid(), args.kill)
-        if args.fault and step == 500:
+        weights = state.weights + torch.randn(4, generator=state.rng)
+        state = state._replace(weights=weights)
+        kill(args.stop_at == step)
+        if args.fault and step == 500 and args.fault != "evaluation":
             raise {"environment": EnvironmentFault("it broke"), "bug": ValueError("a bug")}[args.fault]
         loss = torch.tensor(float("nan")) if args.nan_at == step else weights.sum()
         metrics = {"policy_loss": loss, "learning_rate": 1e-3 * step}
         if step > 300:
             metrics["late"] = weights[0]
         episodes = [(float(weights[1]), step // 100)] if step % 200 == 0 else []
-        run.report(step, {"weights": weights, "rng": rng.get_state()}, metrics, episodes, policy)
-    return run.finish({"weights": weights, "rng": rng.get_state()}, policy, {"weights": weights})
+        run.report(step, state, {"weights": weights}, metrics, episodes)
+    return run.finish(state, {"weights": state.weights})
+
+
+def no_evaluation(acting):
+    return {"eval_return": 0.0, "eval_std": 0.0}
 
 
 def rows(folder, clocks=False):
+    clock = () if clocks else ("wall_time", "sps")
     with open(Path(folder) / "progress.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if clocks or k not in ("wall_time", "sps")} for row in csv.DictReader(file)]
+        return [{k: v for k, v in row.items() if k not in clock} for row in csv.DictReader(file)]
 
 
-def command_line(monkeypatch, capsys, *argv, table=None):
-    """Run `main` in this process; its exit status and the lines on stderr."""
+def command_line(monkeypatch, capture, *argv, table=None):
+    """Run `main` in this process; its exit status and the lines on stderr, but for those of every run."""
     monkeypatch.setattr(sys, "argv", ["agent.py", *map(str, argv)])
-    old = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         main(Args, train, lambda env: table or {})
         status = 0
     except SystemExit as end:
         status = end.code
-    finally:
-        signal.signal(signal.SIGINT, old[0])
-        signal.signal(signal.SIGTERM, old[1])
-        Run.stop_signal = 0
-    return status, capsys.readouterr().err.splitlines()
+    usual = re.compile(r"run folder: |[\d,]+ steps: evaluation |to (watch|evaluate) it: ")
+    return status, [line for line in capture.readouterr().err.splitlines() if not usual.match(line)]
 
 
 # The run's folder
@@ -126,12 +160,17 @@ def command_line(monkeypatch, capsys, *argv, table=None):
 
 def test_folder_of_a_finished_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    resets, reset = [], Countdown.reset
-    monkeypatch.setattr(Countdown, "reset", lambda self, seed: resets.append(seed) or reset(self, seed))
-    mean = train(Args(env="my/Task v0", seed=7, eval_every=250))
-    assert resets == [resets[0], resets[0] + 3] * 4  # two rounds an evaluation, none of them made twice
-    assert capsys.readouterr().out == f"final evaluation: {mean:.2f} ± 0.83 over 4 episodes\n"
+    args = Args(env="my/Task v0", seed=7, eval_every=250)
+    mean = train(args)
     (folder,) = Path("runs").iterdir()
+    out, err = capsys.readouterr()
+    assert re.fullmatch(rf"final evaluation: {mean:.2f} ± \d\.\d\d over 4 episodes\n", out)
+    scripts = os.path.relpath(Path(__file__).parents[1] / "scripts")
+    first, *evaluations, watch, evaluate = err.splitlines()
+    assert first == f"run folder: {folder}"
+    assert [line.split(": evaluation ")[0] for line in evaluations] == ["300 steps", "500 steps", "800 steps"]
+    assert watch == f"to watch it: python {scripts}/watch.py {folder}"
+    assert evaluate == f"to evaluate it: python {scripts}/evaluate.py {folder}"
     assert re.fullmatch(r"my_Task_v0__scripted__7__\d+", folder.name)
     table = rows(folder, clocks=True)
     assert list(table[0]) == [*COLUMNS, "policy_loss", "learning_rate", "late"]
@@ -140,20 +179,33 @@ def test_folder_of_a_finished_run(tmp_path, monkeypatch, capsys):
     assert float(table[-1]["eval_return"]) == pytest.approx(mean)
     assert table[0]["train_return"] == "" and table[0]["late"] == "" and table[3]["late"] != ""
     assert table[3]["train_length"] == "3"  # the mean of 2 and 4
-    assert json.loads((folder / "args.json").read_text())["args"] == dataclasses.asdict(
-        Args(env="my/Task v0", seed=7, eval_every=250)
-    )
+    assert json.loads((folder / "args.json").read_text())["args"] == dataclasses.asdict(args)
     agent = load_checkpoint(folder / "agent.pt", "--agent", "scripted", "my/Task v0")
-    assert set(agent["state"]) == {"weights"}
+    assert set(agent) == {"format", "agent", "env", "args", "state"} and set(agent["state"]) == {"weights"}
     assert not list(folder.glob("*.tmp"))
+
+
+def test_columns_of_another_kind_of_agent(tmp_path, capsys):
+    """One that counts something else and is not evaluated by playing."""
+    args = Args(run_dir=str(tmp_path / "run"), eval_every=10, total_steps=20)
+    run = Run(args, "other", lambda acting: {"eval_nll": acting["x"], "eval_accuracy": 0.5}, unit="chains")
+    run.report(10, {}, {"x": 1.25}, {}, [])
+    run.report(20, {}, {"x": 1.0}, {}, [])
+    assert run.finish({}, {"x": 1.0}) == 1.0
+    out, err = capsys.readouterr()
+    assert out == "final evaluation: nll 1, accuracy 0.5\n"
+    assert err.splitlines()[1:] == ["10 chains: evaluation nll 1.25, accuracy 0.5"]
+    assert [(row["eval_nll"], row["eval_accuracy"]) for row in rows(tmp_path / "run")] == [
+        ("1.25", "0.5"),
+        ("1", "0.5"),
+    ]
 
 
 def test_tensorboard_has_cleanrl_keys(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with pytest.raises(EnvironmentFault):
+    with pytest.raises(EnvironmentFault), Process():
         train(Args(run_dir=str(tmp_path / "run"), fault="environment"))
-    Run.latest.close()
     train(Args(resume=str(tmp_path / "run")))
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
@@ -161,7 +213,9 @@ def test_tensorboard_has_cleanrl_keys(tmp_path):
         *("charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/learning_rate"),
         *("losses/policy_loss", "losses/late", "eval/return", "eval/std"),
     }
-    assert [event.step for event in events.Scalars("charts/episodic_return")] == [200, 400, 600, 800, 1000]  # 400 once
+    returns, evaluations = events.Scalars("charts/episodic_return"), events.Scalars("eval/return")
+    assert [event.step for event in returns] == [200, 400, 600, 800, 1000]  # 400 once
+    assert [event.step for event in evaluations] == [300, 600, 900, 1000]
 
 
 def test_same_seed_same_table(tmp_path):
@@ -170,40 +224,117 @@ def test_same_seed_same_table(tmp_path):
     assert rows(tmp_path / "a") == rows(tmp_path / "b") != rows(tmp_path / "c")
 
 
-def test_run_dir_in_use_or_not_empty(tmp_path):
+def test_evaluations_draw_nothing_from_training(tmp_path):
+    seen = []
+    for every in (0, 100):
+        torch.manual_seed(3)
+        train(Args(run_dir=str(tmp_path / str(every)), eval_every=every))
+        seen.append(torch.rand(1))
+    assert seen[0] == seen[1]
+
+
+def test_run_dir_that_is_not_empty(tmp_path):
     args = Args(run_dir=str(tmp_path / "run"))
     train(args)
     with pytest.raises(UsageError, match=r"not empty; .* --resume .*run"):
         train(args)
+    train(Args(resume=str(tmp_path / "run")))  # the refused one has let it go
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "args.json").write_text("mine")
+    with pytest.raises(UsageError, match="not empty; name a new one"):
+        train(Args(run_dir=str(foreign)))
+    assert [path.name for path in foreign.iterdir()] == ["args.json"]  # and no lock file left in it
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be made"):
         train(Args(run_dir=str(tmp_path / "file")))
+
+
+def test_folder_in_use(tmp_path):
+    folder = tmp_path / "run"
     holder = f"import time\nfrom zoo.common.files import lock_folder\nfrom pathlib import Path\n\
-lock = lock_folder(Path({str(tmp_path / 'run')!r}), '')\nprint('held', flush=True)\ntime.sleep(60)"
+lock = lock_folder(Path({str(folder)!r}), '')\nprint('held', flush=True)\ntime.sleep(60)"
+    train(Args(run_dir=str(folder)))
     with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(UsageError, match=f"in use by process {process.pid}"):
-            train(Args(resume=str(tmp_path / "run")))
+        for where in ({"resume": str(folder)}, {"run_dir": str(folder)}):
+            with pytest.raises(UsageError, match=f"in use by process {process.pid}"):
+                train(Args(**where))
         process.kill()
-    train(Args(resume=str(tmp_path / "run")))  # the lock died with its process
+    train(Args(resume=str(folder)))  # the lock died with its process
+
+
+def test_folder_left_before_its_first_checkpoint(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    status, lines = command_line(
+        monkeypatch, capsys, "--run-dir", folder, "--eval-every", 0, "--fault", "environment"
+    )
+    assert (status, lines) == (1, ["error: it broke", "no checkpoint had been written yet"])
+    assert len(rows(folder)) == 4 and len(list(folder.glob("events*"))) == 1
+    status, lines = command_line(monkeypatch, capsys, "--resume", folder)
+    assert status == 2 and len(lines) == 1 and f"--run-dir {folder} starts it anew" in lines[0]
+    assert command_line(monkeypatch, capsys, "--run-dir", folder) == (0, [])
+    assert [int(row["step"]) for row in rows(folder)] == list(range(100, 1001, 100))
+    assert len(list(folder.glob("events*"))) == 1
+
+
+@contextmanager
+def without_privileges():
+    """Permissions mean nothing to root."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("flag", ["--run-dir", "--resume"])
+def test_read_only_folder(tmp_path, monkeypatch, capsys, flag):
+    folder = tmp_path / "run"
+    if flag == "--resume":
+        train(Args(run_dir=str(folder)))
+        (folder / ".lock").chmod(0o444)
+    else:
+        folder.mkdir()
+    for parent in (tmp_path, *tmp_path.parents[:2]):  # pytest's are for this user alone
+        parent.chmod(0o755)
+    folder.chmod(0o555)
+    capsys.readouterr()
+    with without_privileges():
+        got = command_line(monkeypatch, capsys, flag, folder)
+    assert got == (2, [f"error: {flag} {folder}: cannot be written: Permission denied"])
+    if flag == "--resume":
+        (folder / "checkpoint.pt").chmod(0)
+        with without_privileges():
+            status, lines = command_line(monkeypatch, capsys, flag, folder)
+        assert status == 2 and lines == [
+            f"error: --resume {folder}: checkpoint.pt cannot be read: Permission denied"
+        ]
+
+
+def test_folder_deleted_while_running(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    saved = []
+
+    def delete(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        saved.append(self.step)
+        shutil.rmtree(folder)
+
+    real = Run._save
+    monkeypatch.setattr(Run, "_save", delete)
+    status, lines = command_line(monkeypatch, capsys, "--run-dir", folder)
+    assert status == 1 and saved == [300]
+    assert lines == [
+        f"error: cannot write {folder}: the folder is gone, it was deleted or moved",
+        "its checkpoints are gone as well; start again",
+    ]
 
 
 # Checkpoints
-
-
-def test_checkpoint_round_trip(tmp_path):
-    whole = torch.arange(1000.0)
-    state = {"a": whole[:3], "b": [1, (2.5, None)], "seed": 2**100, "n": np.float64(0.1), "f": True, 3: "three"}
-    content = {"agent": "x", "env": "y", "args": {}, "state": state}
-    save_checkpoint(tmp_path / "checkpoint.pt", portable(content))
-    loaded = load_checkpoint(tmp_path / "checkpoint.pt", "--resume", "x", "y")["state"]
-    assert torch.equal(loaded.pop("a"), whole[:3])
-    assert loaded == {"b": [1, (2.5, None)], "seed": 2**100, "n": 0.1, "f": True, 3: "three"}
-    assert (tmp_path / "checkpoint.pt").stat().st_size < 3000  # not the 4,000 bytes behind the view
-    with pytest.raises(TypeError, match=r"state\['x'\] is a ndarray"):
-        portable({"x": np.zeros(2)})
-    with pytest.raises(RunFault, match=r"state\['w'\]\[1\] has become non-finite"):
-        portable({"w": [torch.zeros(1), torch.tensor([0.0, float("inf")])]})
 
 
 class Code:
@@ -233,8 +364,8 @@ def test_refused_checkpoints(tmp_path, monkeypatch, content, reason):
     path = tmp_path / "run" / "checkpoint.pt"
     if content != "nowhere":
         path.parent.mkdir()
-    good = {"agent": "scripted", "env": "Countdown-v0", "args": {}, "step": 0, "run": {"wall_time": 0.0, "recent": []}}
-    good["state"] = {"weights": torch.zeros(4000)}
+    good = {"agent": "scripted", "env": "Countdown-v0", "args": {}, "step": 0}
+    good |= {"run": {"wall_time": 0.0, "recent": [], "owed": None}, "state": {"weights": torch.zeros(4000)}}
     if content in ("half", "flipped"):
         save_checkpoint(path, good)
         data = bytearray(path.read_bytes())
@@ -248,8 +379,34 @@ def test_refused_checkpoints(tmp_path, monkeypatch, content, reason):
         path.write_bytes({"empty": b"", "text": b"hello", "pickle": pickle.dumps(Code())}[content])
     with pytest.raises(UsageError) as refusal:
         train(Args(resume="run"))
-    assert reason in str(refusal.value) and "\n" not in str(refusal.value) and "--resume run" in str(refusal.value)
+    message = str(refusal.value)
+    assert reason in message and "\n" not in message and "--resume run" in message
     assert not Path("executed").exists()
+
+
+def test_a_state_of_other_code_is_refused(tmp_path):
+    train(Args(run_dir=str(tmp_path / "run")))
+    run = Run(Args(resume=str(tmp_path / "run")), "scripted", no_evaluation)
+    with pytest.raises(
+        UsageError, match=r"--resume .*run: state\.extra is missing; was the run made by other code"
+    ):
+        run.restore(NamedTuple("Other", [("weights", torch.Tensor), ("extra", float)])(torch.zeros(4), 1.0))
+    Run(Args(resume=str(tmp_path / "run")), "scripted", no_evaluation).close()  # the folder is free
+
+
+# What a resumed run keeps
+
+
+def test_resumed_with_another_argument(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    command_line(monkeypatch, capsys, "--run-dir", folder, "--clip", 0.5)
+    for name, value, was in (("--clip", "0.1", "0.5"), ("--seed", "2", "1")):
+        got = command_line(monkeypatch, capsys, "--resume", folder, name, value)
+        assert got == (2, [f"error: {name} {value}: the run in {folder} was made with {was} and keeps it"])
+    assert json.loads((folder / "args.json").read_text())["args"]["clip"] == 0.5
+    given = ("--clip", "0.5", "--seed", "1", "--total-steps", "1200", "--eval-every", "100")
+    assert command_line(monkeypatch, capsys, "--resume", folder, *given) == (0, [])
+    assert [row["step"] for row in rows(folder) if row["eval_return"]][-2:] == ["1100", "1200"]
 
 
 # Killed and resumed
@@ -258,15 +415,17 @@ def test_refused_checkpoints(tmp_path, monkeypatch, content, reason):
 @pytest.mark.parametrize("damage", ["none", "torn line", "torn rewrite"])
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, damage):
     train(Args(run_dir=str(tmp_path / "whole")))
-    with pytest.raises(EnvironmentFault):  # dies after the row of step 400; the last checkpoint is of step 300
+    with (
+        pytest.raises(EnvironmentFault),
+        Process(),
+    ):  # after the row of step 400; the last checkpoint is of 300
         train(Args(run_dir=str(tmp_path / "cut"), fault="environment"))
-    Run.latest.close()
     assert len(rows(tmp_path / "cut")) == 4
     with open(tmp_path / "cut" / "progress.csv", "a") as table:
         table.write("5" if damage == "torn line" else "")  # of 500, not a row of step 5
     if damage == "torn rewrite":
         (tmp_path / "cut" / "checkpoint.pt.tmp").write_bytes(b"half a che")
-        Run(Args(resume=str(tmp_path / "cut")), "scripted", Countdown(1), lambda: Countdown(3)).close()
+        Run(Args(resume=str(tmp_path / "cut")), "scripted", no_evaluation).close()
         assert not list((tmp_path / "cut").glob("*.tmp"))
     train(Args(resume=str(tmp_path / "cut")))
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
@@ -275,14 +434,49 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, damage):
     assert not list((tmp_path / "cut").glob("*.tmp"))
 
 
+@pytest.mark.parametrize("step", [300, 1000])
+def test_killed_between_a_checkpoint_and_its_evaluation(tmp_path, capsys, step):
+    """The resumed run makes the evaluation that was due, of the agent as it was then."""
+    train(Args(run_dir=str(tmp_path / "whole")))
+    killed = tmp_path / "killed"
+    argv = ("--run-dir", killed, "--stop-in-evaluation", step, "--kill", int(signal.SIGKILL))
+    done = subprocess.run([sys.executable, __file__, *map(str, argv)], stderr=subprocess.DEVNULL)
+    assert done.returncode == -signal.SIGKILL
+    assert load_checkpoint(killed / "checkpoint.pt", "")["step"] == step
+    assert (killed / "agent.pt").exists() == (step == 1000)
+    assert rows(killed)[-1]["step"] == str(step) and rows(killed)[-1]["eval_return"] == ""
+    capsys.readouterr()
+    train(Args(resume=str(killed)))
+    assert rows(killed) == rows(tmp_path / "whole")
+    told = [line.split(":")[0] for line in capsys.readouterr().err.splitlines() if ": evaluation" in line]
+    assert told == {300: ["300 steps", "600 steps", "900 steps"], 1000: []}[step]
+
+
+def test_an_evaluation_that_was_made_is_not_made_again(tmp_path, capsys):
+    with pytest.raises(EnvironmentFault), Process():
+        train(Args(run_dir=str(tmp_path / "run"), fault="environment"))
+    capsys.readouterr()
+    train(Args(resume=str(tmp_path / "run")))
+    assert "\n300 steps" not in capsys.readouterr().err
+
+
 def test_killed_while_running(tmp_path):
     """kill -9 at an arbitrary moment of a process that checkpoints all the time, several times over."""
-    argv = [sys.executable, __file__, "--total-steps", "10000000", "--eval-every", "0", "--checkpoint-every", "1e-9"]
+    argv = [
+        sys.executable,
+        __file__,
+        "--total-steps",
+        "1e7",
+        "--eval-every",
+        "0",
+        "--checkpoint-every",
+        "1e-9",
+    ]
     folder = tmp_path / "run"
     for attempt, where in enumerate((["--run-dir", folder], ["--resume", folder])):
-        with subprocess.Popen([*argv, *map(str, where)]) as process:
-            seen = rows(folder)[-1]["step"] if attempt else 0
-            while not (folder / "checkpoint.pt").exists() or rows(folder)[-1:] == [] or rows(folder)[-1]["step"] == seen:
+        with subprocess.Popen([*argv, *map(str, where)], stderr=subprocess.DEVNULL) as process:
+            seen = rows(folder)[-1:] if attempt else []
+            while not (folder / "checkpoint.pt").exists() or rows(folder)[-1:] in ([], seen):
                 assert process.poll() is None
                 time.sleep(0.01)
             time.sleep(0.05 + 0.013 * attempt)
@@ -292,21 +486,22 @@ def test_killed_while_running(tmp_path):
     assert [int(row["step"]) for row in rows(folder)] == list(range(100, step + 301, 100))
 
 
-def test_interrupt_then_resume(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("at", ["stop-at", "stop-in-evaluation"])
+def test_interrupt_then_resume(tmp_path, monkeypatch, capsys, at):
     train(Args(run_dir=str(tmp_path / "whole")))
     folder = tmp_path / "run"
-    for kill, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+    for kill, status, step in ((signal.SIGINT, 130, 300), (signal.SIGTERM, 143, 600)):
         where = ("--resume", folder) if folder.exists() else ("--run-dir", folder)
-        step = 500 if folder.exists() else 200
-        got = command_line(monkeypatch, capsys, *where, "--stop-at", step, "--kill", int(kill))
+        got = command_line(monkeypatch, capsys, *where, f"--{at}", step, "--kill", int(kill))
         message = f"interrupted at step {step}; resume with: python agent.py --resume {folder}"
         assert got == (status, [message])
+        assert (rows(folder)[-1]["eval_return"] == "") == (at == "stop-at")  # no time is spent on it then
     assert command_line(monkeypatch, capsys, "--resume", folder) == (0, [])
     assert rows(folder) == rows(tmp_path / "whole")
 
 
 def test_ctrl_c_in_a_process_of_its_own(tmp_path):
-    """A real signal at an arbitrary moment, and a second one that does not wait for the iteration's end."""
+    """A real signal at an arbitrary moment: one line at once, the checkpoint at the iteration's end."""
     argv = [sys.executable, __file__, "--total-steps", "10000000", "--run-dir", str(tmp_path / "run")]
     with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process:
         while not (tmp_path / "run" / "checkpoint.pt").exists():
@@ -314,21 +509,49 @@ def test_ctrl_c_in_a_process_of_its_own(tmp_path):
         process.send_signal(signal.SIGINT)
         error = process.communicate()[1]
     assert process.returncode == 130
-    assert re.fullmatch(rf"interrupted at step \d+; resume with: python {__file__} --resume {tmp_path}/run\n", error)
-    step = int(error.split()[3].rstrip(";"))
+    stopping, last = [line for line in error.splitlines() if ": evaluation" not in line][-2:]
+    assert stopping == "stopping after this iteration; Ctrl-C again stops at once"
+    assert re.fullmatch(
+        rf"interrupted at step \d+; resume with: python {__file__} --resume {tmp_path}/run", last
+    )
+    step = int(last.split()[3].rstrip(";"))
     assert int(rows(tmp_path / "run")[-1]["step"]) == step
 
 
-def test_second_signal_stops_at_once(tmp_path, monkeypatch, capsys):
+def test_second_signal_stops_at_once(tmp_path, monkeypatch, capfd):
     def stuck(args):
-        Run(args, "scripted", Countdown(1), lambda: Countdown(1))
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
+        Run(args, "scripted", no_evaluation)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert "stopping after this iteration" in capfd.readouterr().err
+        os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("went on after the second Ctrl-C")
 
+    before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(sys.modules[__name__], "train", stuck)
-    got = command_line(monkeypatch, capsys, "--run-dir", tmp_path / "run")
+    got = command_line(monkeypatch, capfd, "--run-dir", tmp_path / "run")
     assert got == (130, ["interrupted before the first checkpoint; start again"])
+    assert signal.getsignal(signal.SIGINT) == before  # one run leaves nothing behind for the next
+
+
+def test_interrupted_in_the_final_evaluation(tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "run"
+    train(Args(run_dir=str(tmp_path / "whole")))
+    stop = ("--stop-in-evaluation", 1000, "--signals")
+    got = command_line(monkeypatch, capfd, "--run-dir", folder, *stop, 2)
+    assert got[0] == 130 and got[1] == [
+        "stopping after the final evaluation; Ctrl-C again stops at once",
+        f"interrupted in the final evaluation; {folder}/agent.pt is written; "
+        f"evaluate again with: python agent.py --resume {folder}",
+    ]
+    assert load_checkpoint(folder / "agent.pt", "")["state"]["weights"].shape == (4,)
+    assert command_line(monkeypatch, capfd, "--resume", folder, *stop, 1)[0] == 0  # one lets it end
+    assert rows(folder) == rows(tmp_path / "whole")
+
+
+def test_without_a_process_ctrl_c_is_pythons_own(tmp_path):
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        train(Args(run_dir=str(tmp_path / "run"), stop_at=400))
+    assert not isinstance(interrupt.value, Interrupted)
 
 
 # Faults
@@ -349,12 +572,32 @@ def test_non_finite_metric_keeps_the_last_good_checkpoint(tmp_path, monkeypatch,
 
 
 def test_non_finite_state_keeps_the_last_good_checkpoint(tmp_path):
-    run = Run(Args(run_dir=str(tmp_path / "run")), "scripted", Countdown(1), lambda: Countdown(3))
-    run.report(300, {"weights": torch.zeros(1)}, {"policy_loss": 0.0}, [], policy)
+    run = Run(Args(run_dir=str(tmp_path / "run")), "scripted", no_evaluation)
+    run.report(300, {"weights": torch.zeros(1)}, {}, {"policy_loss": 0.0}, [])
     with pytest.raises(RunFault, match=r"state\['weights'\] has become non-finite"):
-        run.report(600, {"weights": torch.full((1,), torch.nan)}, {"policy_loss": 0.0}, [], policy)
-    Run(Args(resume=str(tmp_path / "run")), "scripted", Countdown(1), lambda: Countdown(3)).close()  # the folder is free
+        run.report(600, {"weights": torch.full((1,), torch.nan)}, {}, {"policy_loss": 0.0}, [])
+    Run(Args(resume=str(tmp_path / "run")), "scripted", no_evaluation).close()  # the folder is free
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt", "")["step"] == 300
+
+
+def test_an_environment_that_raises_in_evaluations_only(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    again = f"resume with: python agent.py --resume {folder}"
+    status, lines = command_line(monkeypatch, capsys, "--run-dir", folder, "--fault", "evaluation")
+    assert status == 1 and lines == [
+        "error: evaluation at step 300: it broke; --eval-every 0 goes on without evaluations",
+        f"last good checkpoint: step 300; {again}",
+    ]
+    go_on = ("--resume", folder, "--eval-every", 0)
+    for _ in range(2):  # the second time on a finished run
+        status, lines = command_line(monkeypatch, capsys, *go_on, "--fault", "evaluation")
+        assert status == 1 and lines == [
+            f"error: final evaluation: it broke; the agent is trained: {folder}/agent.pt",
+            f"last good checkpoint: step 1000; {again}",
+        ]
+        assert load_checkpoint(folder / "agent.pt", "")["state"]["weights"].shape == (4,)
+    assert command_line(monkeypatch, capsys, *go_on, "--fault", "") == (0, [])
+    assert rows(folder)[-1]["eval_return"] != ""
 
 
 @pytest.mark.parametrize("where", ["torch.save", "os.fsync", "os.replace"])
@@ -370,7 +613,8 @@ def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys,
         return real(*args, **kwargs)
 
     def load_step(folder):
-        return load_checkpoint(folder / "checkpoint.pt", "")["step"] if (folder / "checkpoint.pt").exists() else None
+        exists = (folder / "checkpoint.pt").exists()
+        return load_checkpoint(folder / "checkpoint.pt", "")["step"] if exists else None
 
     monkeypatch.setattr(module, name, full)
     status, lines = command_line(monkeypatch, capsys, "--run-dir", folder)
@@ -382,7 +626,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys,
 
 
 def test_disk_full_behind_torchs_own_error(tmp_path):
-    """torch's writer may hide the file's OSError behind a RuntimeError; a size limit provokes it (in another process)."""
+    """torch's writer may hide the file's OSError behind a RuntimeError; a size limit provokes it."""
     code = f"""
 import resource, torch
 from pathlib import Path
@@ -400,12 +644,16 @@ def test_endings_of_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     got = command_line(monkeypatch, capsys, "--fault", "environment", "--eval-every", 0)
     assert got == (1, ["error: it broke", "no checkpoint had been written yet"])
-    assert command_line(monkeypatch, capsys, "--num-envs", 0) == (2, ["error: --num-envs must be at least 1, not 0"])
-    assert command_line(monkeypatch, capsys, "--resume", "nope") == (2, ["error: --resume nope: no such folder"])
+    got = command_line(monkeypatch, capsys, "--num-envs", 0)
+    assert got == (2, ["error: --num-envs must be at least 1, not 0"])
+    got = command_line(monkeypatch, capsys, "--resume", "nope")
+    assert got == (2, ["error: --resume nope: no such folder"])
     with pytest.raises(ValueError, match="a bug"):  # a fault of the program keeps its traceback
-        command_line(monkeypatch, capsys, "--fault", "bug")
-    Run.latest.close()
-    assert command_line(monkeypatch, capsys, "--clop", 1)[0] == 2
+        command_line(monkeypatch, capsys, "--fault", "bug", "--run-dir", "bug")
+    assert command_line(monkeypatch, capsys, "--resume", "bug", "--fault", "") == (
+        0,
+        [],
+    )  # and the folder is free
 
 
 # Arguments
@@ -424,7 +672,10 @@ def test_endings_of_the_command_line(tmp_path, monkeypatch, capsys):
         ({"seed": 2**31}, "--seed must be less than 2**31, not 2147483648"),
         ({"checkpoint_every": 0.0}, "--checkpoint-every must be greater than 0 seconds, not 0"),
         ({"checkpoint_every": float("nan")}, "--checkpoint-every must be greater than 0 seconds, not nan"),
-        ({"run_dir": "a", "resume": "b"}, "--run-dir a and --resume b exclude each other: a resumed run stays in its folder"),
+        (
+            {"run_dir": "a", "resume": "b"},
+            "--run-dir a and --resume b exclude each other: a resumed run stays in its folder",
+        ),
     ],
 )
 def test_check_args(change, message):
@@ -447,20 +698,57 @@ def test_precedence_of_flag_checkpoint_table_default(tmp_path):
     assert parsed("--no-compile").compile is False
     folder = str(tmp_path / "run")
     train(parsed("--run-dir", folder, "--seed", "6", "--clip", "0.7"))
-    resumed = parsed("--resume", folder, "--seed", "8")
-    assert (resumed.clip, resumed.seed, resumed.run_dir, resumed.resume) == (0.7, 8, None, folder)
+    resumed = parsed("--resume", folder, "--eval-every", "8")
+    assert (resumed.clip, resumed.seed, resumed.eval_every) == (0.7, 6, 8)
+    assert (resumed.run_dir, resumed.resume) == (None, folder)
     with pytest.raises(UsageError, match="is of --env Countdown-v0, not Other-v0"):
         parsed("--resume", folder, "--env", "Other-v0")
-    with pytest.raises(UsageError, match="of agent scripted, whose arguments this one lacks: clip, fault, kill, nan_at, stop"):
+    lacks = "of agent scripted, whose arguments this one lacks: clip, fault, kill, nan_at, signals, stop"
+    with pytest.raises(UsageError, match=lacks):
         parse(RunArgs, lambda env: {}, ["--resume", folder])
 
 
-def test_help_says_what_the_agent_is_and_lists_its_fields_first(capsys):
+@pytest.mark.parametrize("text, value", [("1e5", 100_000), ("2.5e3", 2500), ("7", 7), ("1_000", 1000)])
+def test_whole_numbers_may_have_exponents(text, value):
+    assert parse(Args, lambda env: {}, ["--total-steps", text]).total_steps == value
+    assert parse(Args, lambda env: {}, ["--env-threads", text]).env_threads == value
+
+
+@pytest.mark.parametrize("text", ["1.5", "1e-3", "inf", "nan", "many"])
+def test_numbers_that_are_not_whole_are_refused(text, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(Args, lambda env: {}, ["--total-steps", text])
+    assert (
+        end.value.code == 2
+        and f"Error parsing --total-steps: {text!r} is no whole number" in capsys.readouterr().err
+    )
+
+
+def test_a_mistyped_flag_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(Args, lambda env: {}, ["--clop", "1"])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "--clop" in error and "--clip" in error
+
+
+def test_help_says_what_the_agent_is_and_groups_its_arguments(capsys):
+    before = [field.name for field in dataclasses.fields(Args)]
     with pytest.raises(SystemExit) as end:
         parse(Args, lambda env: {}, ["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0
-    assert text.index(__doc__.split("\n\n")[0][:40]) < text.index("--clip") < text.index("--seed") < text.index("--resume")
+    expected = [
+        __doc__.split("\n\n")[0][:40],
+        "task options",
+        "--env",
+        "--resume",
+        "algorithm options",
+        "--num-envs",
+    ]
+    expected += ["--clip", "clip range", "plumbing options", "--device"]
+    assert [text.index(each) for each in expected] == sorted(text.index(each) for each in expected)
+    assert all(f"--{name.replace('_', '-')}" in text for name in before)
+    assert [field.name for field in dataclasses.fields(Args)] == before
 
 
 def test_track_without_wandb(tmp_path, monkeypatch):
@@ -473,23 +761,28 @@ def test_track_without_wandb(tmp_path, monkeypatch):
 # Evaluation
 
 
-@pytest.mark.parametrize("num_envs, episodes, expected", [(3, 3, [1, 2, 3]), (3, 5, [1, 2, 3, 1, 2]), (4, 2, [1, 2])])
+@pytest.mark.parametrize(
+    "num_envs, episodes, expected", [(3, 3, [1, 2, 3]), (3, 5, [1, 2, 3, 1, 2]), (4, 2, [1, 2])]
+)
 def test_each_slot_plays_one_episode_a_round(num_envs, episodes, expected):
     """The slots that end early start new episodes, which must not count."""
     envs = Countdown(num_envs)
     returns, lengths = evaluate(policy, envs, episodes, seed=1000)
     assert lengths.tolist() == expected
-    assert len(envs.seeds) == -(-episodes // num_envs) and set(np.diff(envs.seeds)) <= {num_envs}  # each round has its own
-    bonuses = np.repeat(envs.seeds, num_envs) % 10 / 1000
-    assert returns == pytest.approx([n * (1 + bonus) for n, bonus in zip(expected, bonuses, strict=False)])
+    assert len(envs.seeds) == -(-episodes // num_envs)
+    starts = np.concatenate(envs.seeds)
+    assert len(set(starts.tolist())) == len(starts)  # each round has its own
+    assert returns == pytest.approx(
+        [n * (1 + seed % 10 / 1000) for n, seed in zip(expected, starts, strict=False)]
+    )
 
 
 def test_evaluations_share_no_starts():
-    """Neither those of different seeds nor those of a training run, whose environments start from seed + i."""
     envs = Countdown(4)
     for seed in range(20):
         evaluate(policy, envs, 4, seed)
-    assert min(np.diff(sorted(envs.seeds))) > 1000 and min(envs.seeds) > 10_000 and max(envs.seeds) < 2**31
+    starts = np.concatenate(envs.seeds)
+    assert len(set(starts.tolist())) == 80 and starts.max() < 2**31
 
 
 def test_evaluation_repeats_and_uses_the_policy():
@@ -500,23 +793,71 @@ def test_evaluation_repeats_and_uses_the_policy():
     assert ones - first == pytest.approx([0, 1, 2])
 
 
-def test_endless_evaluation_episode(monkeypatch):
-    monkeypatch.setattr("zoo.common.run.MAX_EPISODE", 50)
-    with pytest.raises(RunFault, match="did not end in 50 steps; add a time limit"):
-        evaluate(policy, Countdown(2, endless=True), 2, seed=1)
+def test_endless_evaluation_episodes_are_cut_with_one_warning(monkeypatch, capsys):
+    monkeypatch.setattr(zoo.common.evaluate, "MAX_EPISODE", 50)
+    returns, lengths = evaluate(policy, Countdown(2, endless=True), 3, seed=1)
+    assert lengths.tolist() == [50, 50, 50] and (returns >= 50).all()
+    assert capsys.readouterr().err == (
+        "warning: Countdown-v0: 3 of 3 evaluation episodes did not end in 50 steps and were cut there; "
+        "a time limit would end them\n"
+    )
+    evaluate(policy, Countdown(2), 3, seed=1)
+    assert capsys.readouterr().err == ""
+
+
+def test_evaluation_of_a_control_agent(monkeypatch):
+    made = []
+
+    def make_envs(env_id, num_envs, threads):
+        assert (env_id, num_envs, threads) == ("Countdown-v0", 4, 1)
+        made.append(Countdown(num_envs))
+        return made[-1]
+
+    def make_policy(envs, args, acting):
+        assert envs is made[-1] and args.clip == 0.2
+        return lambda obs: np.full(len(obs), acting["action"])
+
+    monkeypatch.setattr(zoo.common.evaluate, "make_envs", make_envs)
+    score = Evaluation(Args(env_threads=1), make_policy)
+    assert made == []  # not before it is due
+    values = score({"action": 0})
+    expected, _ = evaluate(policy, Countdown(4), 4, seed=1)
+    assert values == {"eval_return": expected.mean(), "eval_std": expected.std()}
+    assert score({"action": 1})["eval_return"] - values["eval_return"] == pytest.approx(2.5)
+    assert [envs.closed for envs in made] == [True, True]
+    with pytest.raises(KeyError):
+        score({})
+    assert made[-1].closed
 
 
 def test_report_is_cheap_when_nothing_is_due(tmp_path):
-    run = Run(Args(run_dir=str(tmp_path / "run"), eval_every=0), "scripted", Countdown(1), lambda: Countdown(1))
+    run = Run(Args(run_dir=str(tmp_path / "run"), eval_every=0), "scripted", no_evaluation)
     metrics = {f"m{i}": torch.tensor(1.0) for i in range(10)}
     costs = []
     for _ in range(200):
         start = time.perf_counter()
-        run.report(run.step + 1, {"weights": metrics["m0"]}, metrics, [(1.0, 2)], policy)
+        run.report(run.step + 1, {"weights": metrics["m0"]}, {}, metrics, [(1.0, 2)])
         costs.append(time.perf_counter() - start)
     run.close()
     assert np.median(costs) < 1e-3
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_checkpoints_are_made_when_due(tmp_path):
+    run = Run(
+        Args(run_dir=str(tmp_path / "run"), eval_every=0, checkpoint_every=0.05), "scripted", no_evaluation
+    )
+    saved = []
+    for step in range(1, 40):
+        run.report(step, {}, {}, {}, [])
+        saved.append(
+            load_checkpoint(run.folder / "checkpoint.pt", "")["step"]
+            if (run.folder / "checkpoint.pt").exists()
+            else 0
+        )
+        time.sleep(0.005)
+    run.close()
+    assert 2 <= len(set(saved)) <= 8  # neither once for all nor in every report
 
 
 if __name__ == "__main__":  # an agent's file, for the tests that need a process

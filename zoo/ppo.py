@@ -18,6 +18,7 @@ Advantages are recomputed with the improving critic before each epoch (Andrychow
     python zoo/ppo.py --env CartPole-v1 --seed 2
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -26,14 +27,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
-from torch.utils._pytree import tree_map
 
-from zoo.common.cli import RunArgs, check_args, main, require
-from zoo.common.device import compile_function, flatten, restore_generator, setup
+from zoo.common.args import RunArgs, check_args, require
+from zoo.common.cli import main
+from zoo.common.device import compile_function, flatten, loader, scan, setup
 from zoo.common.envs import VectorEnv, make_envs
-from zoo.common.normalize import discounted_sums, new_stats, normalize, update_stats
-from zoo.common.optim import adam, clip_grad, new_adam
-from zoo.common.run import Policy, Run
+from zoo.common.evaluate import Evaluation, Policy
+from zoo.common.normalize import (
+    Stats,
+    discounted_sums,
+    new_stats,
+    normalize,
+    normalizer,
+    return_scale,
+    update_stats,
+)
+from zoo.common.optim import Moments, adam, clip_grad, new_adam
+from zoo.common.run import Run
+from zoo.common.seeding import env_seeds, generator_seed
 
 
 @dataclass
@@ -48,17 +59,23 @@ class Args(RunArgs):
     gae_lambda: float = 0.95  # GAE's lambda: 0 trusts the critic (one-step TD), 1 the rewards (Monte Carlo)
     recompute_advantages: bool = True  # values and advantages anew before each epoch
     normalize_advantages: bool = False  # mean 0 and standard deviation 1 in each minibatch
-    surrogate: Literal["clip", "kl", "adaptive-kl", "unclipped"] = "clip"  # what keeps the new policy near the old one
+    surrogate: Literal["clip", "kl", "adaptive-kl", "unclipped"] = (
+        "clip"  # what keeps the new policy near the old one
+    )
     clip: float = 0.2  # eps of the clipped surrogate
     kl_coef: float = 1.0  # beta of the kl surrogates (where adaptive-kl starts)
-    target_kl: float | None = None  # ends an update's epochs when the KL exceeds it; adaptive-kl's target (0.01 if not given)
+    target_kl: float | None = (
+        None  # ends an update's epochs when the KL exceeds it; adaptive-kl's target (0.01 if not given)
+    )
     value_clip: float | None = None  # keep V within this of its old value in the loss
     value_coef: float = 0.25  # weight of the value loss, c1
     entropy_coef: float = 0.0  # weight of the entropy bonus, c2
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
     shared_network: bool = False  # one trunk for policy and value instead of two
-    log_std: float = -1.0  # initial log standard deviation of a Gaussian policy, in units of half the action range
+    log_std: float = (
+        -1.0
+    )  # initial log standard deviation of a Gaussian policy, in units of half the action range
     normalize_obs: bool = True  # observations by their running mean and standard deviation
     scale_rewards: bool = True  # rewards by the running standard deviation of the discounted return
 
@@ -150,27 +167,40 @@ def trunk(inputs: int, hidden: tuple[int, ...]) -> nn.Sequential:
 
 
 class ActorCritic(nn.Module):
-    """obs (B, D) -> the policy's distribution and V (B,)."""
+    """obs (..., D) -> the policy's distribution and V (...)."""
 
     def __init__(self, envs: VectorEnv, hidden: tuple[int, ...], log_std: float, shared: bool):
         super().__init__()
         self.policy_trunk = trunk(envs.obs_dim, hidden)
         self.value_trunk = self.policy_trunk if shared else trunk(envs.obs_dim, hidden)
-        self.policy_head = layer(hidden[-1], envs.action_dim, 0.01)  # near-uniform or near-zero-mean actions at the start
+        self.policy_head = layer(
+            hidden[-1], envs.action_dim, 0.01
+        )  # near-uniform or near-zero-mean actions at the start
         self.value_head = layer(hidden[-1], 1, 1.0)
         self.log_std = None if envs.discrete else nn.Parameter(torch.full((envs.action_dim,), log_std))
 
-    def forward(self, obs: Tensor) -> tuple[Gaussian | Categorical, Tensor]:
+    def policy(self, obs: Tensor) -> Gaussian | Categorical:
         output = self.policy_head(self.policy_trunk(obs))
-        dist = Categorical(output) if self.log_std is None else Gaussian(output, self.log_std)
-        return dist, self.value_head(self.value_trunk(obs)).squeeze(-1)
+        return Categorical(output) if self.log_std is None else Gaussian(output, self.log_std)
+
+    def value(self, obs: Tensor) -> Tensor:
+        return self.value_head(self.value_trunk(obs)).squeeze(-1)
+
+    def forward(self, obs: Tensor) -> tuple[Gaussian | Categorical, Tensor]:
+        return self.policy(obs), self.value(obs)
 
 
 # --- estimators -----------------------------------------------------------------------------------------------------------
 
 
 def gae(
-    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor, gamma: float, lam: float
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    gamma: float,
+    lam: float,
 ) -> Tensor:
     """Generalised advantage estimates (T, N) (Schulman et al. 2016, arXiv:1506.02438, eq. 16); all inputs (T, N).
 
@@ -179,21 +209,18 @@ def gae(
     """
     delta = reward + gamma * next_value * ~terminated - value
     decay = gamma * lam * ~(terminated | truncated)
-    advantage = torch.empty_like(delta)
-    running = torch.zeros_like(delta[0])
-    for t in reversed(range(len(delta))):
-        advantage[t] = running = delta[t] + decay[t] * running
-    return advantage
+    advantage, running = [], torch.zeros_like(delta[0])
+    for delta_t, decay_t in zip(reversed(delta.unbind()), reversed(decay.unbind()), strict=True):
+        running = delta_t + decay_t * running
+        advantage.append(running)
+    return torch.stack(advantage[::-1])
 
 
 # --- losses ---------------------------------------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
-    """Transitions with what pi_old and V_old said of them, (B, ...) each.
-
-    pi_old acted; V_old is the critic that the advantages came from, each epoch's first one with --recompute-advantages.
-    """
+    """Transitions, (B, ...) each, with what pi_old, which acted, and V_old, the critic of that time, said of them."""
 
     obs: Tensor
     action: Tensor
@@ -203,7 +230,9 @@ class Batch(NamedTuple):
     return_: Tensor
 
 
-def policy_loss(ratio: Tensor, log_ratio: Tensor, advantage: Tensor, kl_coef: Tensor, surrogate: str, clip: float) -> Tensor:
+def policy_loss(
+    ratio: Tensor, log_ratio: Tensor, advantage: Tensor, kl_coef: Tensor, surrogate: str, clip: float
+) -> Tensor:
     """-L, the negative surrogate of the module's docstring."""
     if surrogate == "clip":
         return -torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
@@ -222,7 +251,9 @@ def value_loss(value: Tensor, old_value: Tensor, return_: Tensor, value_clip: fl
     return error.mean()
 
 
-def ppo_loss(params: Tensor, batch: Batch, kl_coef: Tensor, forward, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+def ppo_loss(
+    params: Tensor, batch: Batch, kl_coef: Tensor, forward, args: Args
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a minibatch and what to log of it; forward(params, obs) gives the distribution and V."""
     dist, value = forward(params, batch.obs)
     advantage = batch.advantage
@@ -234,17 +265,68 @@ def ppo_loss(params: Tensor, batch: Batch, kl_coef: Tensor, forward, args: Args)
     v_loss = value_loss(value, batch.value, batch.return_, args.value_clip)
     entropy = dist.entropy().mean()
     metrics = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}
-    metrics["approx_kl"] = ((ratio - 1) - log_ratio).mean()  # k3, of KL(pi_old || pi)
     metrics["clipfrac"] = ((ratio - 1).abs() > args.clip).float().mean()
     return pg_loss + args.value_coef * v_loss - args.entropy_coef * entropy, metrics
 
 
+def approx_kl(net: ActorCritic, batch: Batch) -> Tensor:
+    """KL(pi_old || pi) in nats, (), as the batch's own actions estimate it: the mean of k3 = (r - 1) - log r."""
+    log_ratio = net.policy(batch.obs).log_prob(batch.action) - batch.log_prob
+    return (log_ratio.exp() - 1 - log_ratio).mean()
+
+
 def adapt_kl_coef(kl_coef: Tensor, kl: Tensor, target: float) -> Tensor:
-    """Double beta after a KL above 1.5 targets, halve it below 1 / 1.5 (PPO paper, section 4), within what float32 bears."""
-    return (kl_coef * (1.0 + (kl > 1.5 * target).float() - 0.5 * (kl < target / 1.5).float())).clamp(1e-6, 1e6)
+    """Double beta after a KL above 1.5 targets, halve it below 1 / 1.5 (PPO paper, section 4); float32 bears the bounds."""
+    factor = 1.0 + (kl > 1.5 * target).float() - 0.5 * (kl < target / 1.5).float()
+    return (kl_coef * factor).clamp(1e-6, 1e6)
+
+
+# --- the update -----------------------------------------------------------------------------------------------------------
+
+
+def update(
+    params: Tensor,
+    opt: Moments,
+    batch: Batch,
+    learning_rate: Tensor,
+    kl_coef: Tensor,
+    forward: Callable,
+    args: Args,
+) -> tuple[Tensor, Moments, dict[str, Tensor]]:
+    """The step of a minibatch, a pure function: parameters, optimiser and batch in, the new ones and metrics out."""
+    grad, (_, metrics) = grad_and_value(ppo_loss, has_aux=True)(params, batch, kl_coef, forward, args)
+    grad, grad_norm = clip_grad(grad, args.max_grad_norm)
+    params, opt = adam(params, grad, opt, learning_rate)
+    return params, opt, metrics | {"grad_norm": grad_norm}
+
+
+def improve(
+    forward: Callable, args: Args, params: Tensor, opt: Moments, batch: Batch, order: Tensor,
+    learning_rate: Tensor, kl_coef: Tensor,
+) -> tuple[Tensor, Moments, dict[str, Tensor]]:  # fmt: skip
+    """A step for each minibatch of the batch's rows in this order, (B,) or longer; metrics are their means."""
+
+    def step(carry, minibatch):
+        params, opt, metrics = update(*carry, minibatch, learning_rate, kl_coef, forward, args)
+        return (params, opt), metrics
+
+    minibatches = Batch(*(column[order].unflatten(0, (-1, args.minibatch_size)) for column in batch))
+    (params, opt), metrics = scan(step, (params, opt), minibatches)
+    return params, opt, {name: column.mean() for name, column in metrics.items()}
 
 
 # --- the run --------------------------------------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """What a run goes on from: everything that training changes, by name."""
+
+    params: Tensor
+    opt: Moments
+    obs_stats: Stats
+    return_stats: Stats
+    kl_coef: Tensor
+    generator: torch.Generator
 
 
 class Rollout(NamedTuple):
@@ -258,30 +340,81 @@ class Rollout(NamedTuple):
     truncated: Tensor
 
 
-def collect(envs: VectorEnv, obs: np.ndarray, act, noise: Tensor) -> tuple[Rollout, np.ndarray, list]:
-    """Act by `act(obs, noise[t])` for T steps from `obs`; the rollout, the observations to go on from, the episodes ended."""
+def policy_at(net: ActorCritic, obs_stats: Stats) -> Callable[[np.ndarray], Gaussian | Categorical]:
+    """Observations (N, D) to the distribution of actions, by the parameters that are in `net`.
+
+    Runs as it stands: a compiled call costs more than the few products of a single step.
+    """
+    device, seen = obs_stats["mean"].device, normalizer(obs_stats)
+
+    def policy(obs: np.ndarray) -> Gaussian | Categorical:
+        return net.policy(seen(torch.as_tensor(obs, device=device)))
+
+    return policy
+
+
+def collect(envs: VectorEnv, obs: np.ndarray, policy, noise: Tensor) -> tuple[Rollout, np.ndarray, list]:
+    """Act by samples of `policy(obs)` for T steps from `obs`; the rollout, where to go on from, the episodes ended."""
     rows, episodes = [], []
     for step_noise in noise:
-        action = act(torch.as_tensor(obs, device=noise.device), step_noise).cpu().numpy()
+        action = policy(obs).sample(step_noise).cpu().numpy()
         step = envs.step(action)
-        rows.append((obs, action, step.reward.astype(np.float32), step.next_obs, step.terminated, step.truncated))
+        rows.append(
+            (obs, action, step.reward.astype(np.float32), step.next_obs, step.terminated, step.truncated)
+        )
         obs = step.obs
         episodes += step.episodes
     columns = [torch.as_tensor(np.stack(column), device=noise.device) for column in zip(*rows, strict=True)]
     return Rollout(*columns), obs, episodes
 
 
-def make_policy(envs: VectorEnv, args: Args, acting: dict) -> Policy:
-    """The deterministic policy of what an agent.pt holds: observations (B, D) to the modes of their action distributions."""
-    device = acting["params"].device
-    net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(device)
-    params = flatten(net)[1](acting["params"])
+def as_seen(
+    rollout: Rollout, obs_stats: Stats, return_stats: Stats, sums: Tensor, args: Args
+) -> tuple[Rollout, Stats, Stats, Tensor]:
+    """The rollout as the networks see it, and the statistics with it counted in.
 
-    def policy(obs: np.ndarray) -> np.ndarray:
-        seen = normalize(torch.as_tensor(obs, device=device), acting["obs_stats"])
-        return functional_call(net, params, (seen,))[0].mode().cpu().numpy()
+    Observations are normalised as they were when they were acted on; rewards are scaled with their own sums counted.
+    sums (N,) are each environment's discounted rewards so far, which the next rollout goes on from.
+    """
+    obs, next_obs, reward = (
+        normalize(rollout.obs, obs_stats),
+        normalize(rollout.next_obs, obs_stats),
+        rollout.reward,
+    )
+    if args.scale_rewards:
+        ended = rollout.terminated | rollout.truncated
+        all_sums, sums = discounted_sums(reward, ended, sums, args.gamma)
+        return_stats = update_stats(return_stats, all_sums.flatten())
+        reward = reward / return_scale(return_stats)
+    if args.normalize_obs:
+        obs_stats = update_stats(obs_stats, rollout.obs.flatten(0, 1))
+    return rollout._replace(obs=obs, next_obs=next_obs, reward=reward), obs_stats, return_stats, sums
 
-    return policy
+
+def values(net: ActorCritic, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """V of each row's observation and of its true successor, (T, N) each.
+
+    The successor is the next row's observation, but where a time limit ended the episode. (Where it terminated, the
+    value stands for nothing and is not read.)
+    """
+    value = net.value(torch.cat((rollout.obs, rollout.next_obs[-1:])))
+    next_value = value[1:].clone()
+    if rollout.truncated.any():
+        next_value[rollout.truncated] = net.value(rollout.next_obs[rollout.truncated])
+    return value[:-1], next_value
+
+
+def acting(state: State) -> dict:
+    """What acting needs, and nothing else: an agent.pt."""
+    return {"params": state.params, "obs_stats": state.obs_stats}
+
+
+def make_policy(envs: VectorEnv, args: Args, agent: dict) -> Policy:
+    """The deterministic policy of what an agent.pt holds: observations (N, D) to their distributions' modes."""
+    net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(agent["params"].device)
+    loader(net)(agent["params"])
+    policy = policy_at(net, agent["obs_stats"])
+    return lambda obs: policy(obs).mode().cpu().numpy()
 
 
 def check(args: Args) -> None:
@@ -303,7 +436,6 @@ def check(args: Args) -> None:
         args.minibatch_size > 1 or not args.normalize_advantages,
         "--minibatch-size must be at least 2 with --normalize-advantages: of one advantage nothing would be left",
     )
-    require(args.total_steps >= batch, f"--total-steps {args.total_steps} is less than one batch of {batch} steps")
 
 
 def train(args: Args) -> float:
@@ -311,98 +443,66 @@ def train(args: Args) -> float:
     check(args)
     device = setup(args.device, args.threads)
     envs = make_envs(args.env, args.num_envs, threads=args.env_threads)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(generator_seed(args.seed, "network"))
     net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(device)
     params, unflatten = flatten(net)
-    generator = torch.Generator(device).manual_seed(args.seed)
 
     def forward(params, obs):
         return functional_call(net, unflatten(params), (obs,))
 
-    def act(params, obs_stats, obs, noise):
-        return forward(params, normalize(obs, obs_stats))[0].sample(noise)
+    load = loader(net)
+    improve_compiled = compile_function(partial(improve, forward, args), device, args.compile)
+    run = Run(args, "ppo", Evaluation(args, make_policy), engine=envs.engine)
+    generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "noise"))
+    obs_stats, return_stats = new_stats(envs.obs_dim, device=device), new_stats(device=device)
+    kl_coef = torch.tensor(args.kl_coef, device=device)
+    state = run.restore(State(params, new_adam(params), obs_stats, return_stats, kl_coef, generator))
+    params, opt, obs_stats, return_stats, kl_coef, generator = state
+    load(params)
+    # a resumed run begins new episodes
+    obs = envs.reset(env_seeds(args.seed, "environments", args.num_envs, run.step))
+    sums = torch.zeros(args.num_envs, device=device)
+    # epochs between which nothing has to be looked at are made in one call
+    at_once = 1 if args.recompute_advantages or args.target_kl is not None else args.num_epochs
 
-    def log_prob(params, obs, action):
-        return forward(params, obs)[0].log_prob(action)
-
-    def critic(params, obs):
-        return forward(params, obs)[1]
-
-    def update(params, opt, batch, learning_rate, kl_coef):
-        """The minibatch step, a pure function: parameters, optimiser and batch in, the new ones and metrics out."""
-        grad, (_, metrics) = grad_and_value(ppo_loss, has_aux=True)(params, batch, kl_coef, forward, args)
-        grad, grad_norm = clip_grad(grad, args.max_grad_norm)
-        params, opt = adam(params, grad, opt, learning_rate)
-        return params, opt, metrics | {"grad_norm": grad_norm}
-
-    def policy(obs):  # at the present parameters, without noise, for evaluations
-        return forward(params, normalize(torch.as_tensor(obs, device=device), obs_stats))[0].mode().cpu().numpy()
-
-    def snapshot():
-        return {
-            "params": params, "obs_stats": obs_stats, "opt": opt, "return_stats": return_stats, "kl_coef": kl_coef,
-            "generator": generator.get_state(),
-        }  # fmt: skip
-
-    act, log_prob, values, update = (compile_function(f, device, args.compile) for f in (act, log_prob, critic, update))
-
-    run = Run(args, "ppo", envs, lambda: make_envs(args.env, args.eval_episodes, threads=args.env_threads))
-    obs_stats, opt, return_stats = new_stats(envs.obs_dim), new_adam(params), new_stats()
-    kl_coef = torch.tensor(args.kl_coef)
-    state = run.restore() or snapshot()
-    restore_generator(generator, state.pop("generator"), args.seed + run.step)
-    params, obs_stats, opt, return_stats, kl_coef = tree_map(lambda x: x.to(device), tuple(state.values()))
-    obs = envs.reset(args.seed + run.step)  # a resumed run begins new episodes
-    carry = torch.zeros(args.num_envs, device=device)
-    batch_size = args.num_envs * args.num_steps
-
-    while run.step + batch_size <= args.total_steps:
-        remaining = 1 - run.step / args.total_steps
-        learning_rate = torch.tensor(args.learning_rate * (remaining if args.anneal else 1.0), device=device)
+    while run.step < args.total_steps:
+        remaining = 1 - run.step / args.total_steps if args.anneal else 1.0
+        learning_rate = torch.tensor(args.learning_rate * remaining, device=device)
         noise = draw_noise(envs, args.num_steps, args.num_envs, generator=generator)
-        rollout, obs, episodes = collect(envs, obs, partial(act, params, obs_stats), noise)
-        reward = rollout.reward
-        if args.scale_rewards:
-            sums, carry = discounted_sums(reward, rollout.terminated | rollout.truncated, carry, args.gamma)
-            return_stats = update_stats(return_stats, sums.flatten())
-            reward = reward / (return_stats["var"] + 1e-8).sqrt().float()
+        rollout, obs, episodes = collect(envs, obs, policy_at(net, obs_stats), noise)
+        seen, obs_stats, return_stats, sums = as_seen(rollout, obs_stats, return_stats, sums, args)
+        rows, action = seen.obs.flatten(0, 1), seen.action.flatten(0, 1)
+        old_log_prob = net.policy(rows).log_prob(action)
 
-        # The successor of row t is row t + 1, but for the last steps of truncated episodes, whose values are computed apart.
-        seen = normalize(torch.cat((rollout.obs, rollout.next_obs[-1:])), obs_stats).flatten(0, 1)
-        cut = rollout.truncated.flatten().nonzero().squeeze(-1)
-        cut_obs = normalize(rollout.next_obs.flatten(0, 1)[cut], obs_stats)
-        action = rollout.action.flatten(0, 1)
-        old_log_prob = log_prob(params, seen[:batch_size], action)
-
-        metrics = []
-        for epoch in range(args.num_epochs):
+        epochs: list[dict[str, Tensor]] = []
+        for epoch in range(0, args.num_epochs, at_once):
             if epoch == 0 or args.recompute_advantages:
-                value = values(params, seen)
-                value, next_value = value[:batch_size], value[args.num_envs :].clone()
-                next_value[cut] = critic(params, cut_obs)
-                value, next_value = value.view_as(reward), next_value.view_as(reward)
-                advantage = gae(reward, value, next_value, rollout.terminated, rollout.truncated, args.gamma, args.gae_lambda)
+                value, next_value = values(net, seen)
+                advantage = gae(
+                    seen.reward, value, next_value, seen.terminated, seen.truncated, args.gamma, args.gae_lambda
+                )
                 return_ = advantage + value
-                batch = Batch(seen[:batch_size], action, old_log_prob, *(x.flatten() for x in (value, advantage, return_)))
-                if epoch == 0:
-                    explained_variance = 1 - advantage.var() / (return_.var() + 1e-8)
-            order = torch.randperm(batch_size, generator=generator, device=device)
-            for minibatch in zip(*(column[order].split(args.minibatch_size) for column in batch), strict=True):
-                params, opt, info = update(params, opt, Batch(*minibatch), learning_rate, kl_coef)
-                metrics.append(info)
-            kl = torch.stack([info["approx_kl"] for info in metrics[-batch_size // args.minibatch_size :]]).mean()
-            if args.target_kl is not None and args.surrogate != "adaptive-kl" and kl > args.target_kl:
+            if epoch == 0:
+                old_value, explained_variance = value, 1 - advantage.var() / (return_.var() + 1e-8)
+            batch = Batch(rows, action, old_log_prob, *(x.flatten() for x in (old_value, advantage, return_)))
+            orders = [torch.randperm(len(rows), generator=generator, device=device) for _ in range(at_once)]
+            params, opt, metrics = improve_compiled(params, opt, batch, torch.cat(orders), learning_rate, kl_coef)
+            load(params)
+            epochs.append(metrics)
+            stopping = args.target_kl is not None and args.surrogate != "adaptive-kl"
+            if stopping and approx_kl(net, batch) > args.target_kl:
                 break
+        kl = approx_kl(net, batch)
         if args.surrogate == "adaptive-kl":
             kl_coef = adapt_kl_coef(kl_coef, kl, args.target_kl or 0.01)
-        if args.normalize_obs:
-            obs_stats = update_stats(obs_stats, rollout.obs.flatten(0, 1))
 
-        means = {name: torch.stack([info[name] for info in metrics]).mean() for name in metrics[0]}
-        means |= {"explained_variance": explained_variance, "kl_coef": kl_coef, "epochs": torch.tensor(epoch + 1)}
-        means["learning_rate"] = learning_rate
-        run.report(run.step + batch_size, snapshot(), means, episodes, policy)
-    return run.finish(snapshot(), policy, {"params": params, "obs_stats": obs_stats})
+        log = {name: torch.stack([metrics[name] for metrics in epochs]).mean() for name in metrics}
+        log |= {"approx_kl": kl, "explained_variance": explained_variance, "kl_coef": kl_coef}
+        log |= {"epochs": len(epochs) * at_once, "learning_rate": learning_rate}
+        state = State(params, opt, obs_stats, return_stats, kl_coef, generator)
+        run.report(run.step + len(rows), state, acting(state), log, episodes)
+    envs.close()
+    return run.finish(state, acting(state))
 
 
 if __name__ == "__main__":

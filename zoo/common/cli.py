@@ -1,112 +1,40 @@
-"""The command line that all agents share: their common arguments, defaults by task, and how a run's end is told."""
+"""The command line that all agents share: arguments, defaults by task, and how a run's end is told."""
 
 import argparse
+import contextlib
 import dataclasses
 import errno
-import math
-import shlex
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
+from tyro.constructors import (
+    MISSING_NONPROP,
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
-from zoo.common.errors import RunFault, UsageError
+from zoo.common.args import PLUMBING, TASK, RunArgs, check_args, require
+from zoo.common.errors import Interrupted, RunFault, UsageError
 from zoo.common.files import load_checkpoint
-from zoo.common.run import Interrupted, Run
+from zoo.common.process import Process
 
-
-@dataclass
-class RunArgs:
-    """The arguments that every agent takes; its own `Args` inherits them and adds the algorithm's."""
-
-    env: str = "HalfCheetah-v4"
-    """id of the Gymnasium environment"""
-    seed: int = 1
-    """seed of everything random"""
-    total_steps: int = 1_000_000
-    """environment steps of the whole run, over all environments"""
-    num_envs: int = 1
-    """environments stepped together"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the networks are"""
-    compile: bool = True
-    """compile the update (torch.compile)"""
-    threads: int = 1
-    """CPU threads of torch; small networks gain nothing from a second one"""
-    env_threads: int | None = None
-    """CPU threads of the MuJoCo engine; 1 when several runs share the machine; None: one a core"""
-    run_dir: str | None = None
-    """folder of the run, new or empty; None: runs/ENV__ALGO__SEED__TIME"""
-    resume: str | None = None
-    """folder of a run to go on with, from its last checkpoint and with its arguments"""
-    eval_every: int = 100_000
-    """environment steps between evaluations; 0: at the end only"""
-    eval_episodes: int = 10
-    """episodes of an evaluation"""
-    checkpoint_every: float = 60.0
-    """seconds between checkpoints"""
-    track: bool = False
-    """log to Weights & Biases as well"""
-    track_project: str = "rl-zoo-classic"
-    """its project"""
-    progress: bool = True
-    """show a progress bar (on a terminal only)"""
-
+__all__ = ["RunArgs", "check_args", "main", "parse", "require"]  # all that an agent's file needs
 
 Args = TypeVar("Args", bound=RunArgs)
 
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise UsageError(message) unless the condition holds."""
-    if not condition:
-        raise UsageError(message)
-
-
-def check_args(
-    args: RunArgs,
-    at_least_1: Sequence[str] = (),
-    fractions: Sequence[str] = (),
-    positive: Sequence[str] = (),
-    finite: Sequence[str] = (),
-) -> None:
-    """Refuse common arguments that cannot work, and the agent's own named as at least 1, in [0, 1], positive or finite.
-
-    None passes, and of a tuple every element is meant. Agents call it first and `require` what else they need.
-    """
-    least = {"seed": 0, "total_steps": 1, "num_envs": 1, "threads": 1, "env_threads": 1, "eval_every": 0, "eval_episodes": 1}
-    least |= dict.fromkeys(at_least_1, 1)
-    for name, minimum in least.items():
-        value = getattr(args, name)
-        values = value if isinstance(value, tuple) else () if value is None else (value,)
-        fits = all(v >= minimum for v in values) and value != ()
-        require(fits, f"--{name.replace('_', '-')} must be at least {minimum}, not {value}")
-    for name in fractions:
-        value = getattr(args, name)
-        require(0 <= value <= 1, f"--{name.replace('_', '-')} must lie in [0, 1], not {value:g}")
-    for name in positive:
-        value = getattr(args, name)
-        if value is not None:
-            require(0 < value < math.inf, f"--{name.replace('_', '-')} must be greater than 0, not {value:g}")
-    for name in finite:
-        value = getattr(args, name)
-        require(value is None or math.isfinite(value), f"--{name.replace('_', '-')} must be finite, not {value}")
-    require(args.seed < 2**31, f"--seed must be less than 2**31, not {args.seed}")
-    require(args.checkpoint_every > 0, f"--checkpoint-every must be greater than 0 seconds, not {args.checkpoint_every:g}")
-    require(
-        not (args.run_dir and args.resume),
-        f"--run-dir {args.run_dir} and --resume {args.resume} exclude each other: a resumed run stays in its folder",
-    )
-
-
 def parse(args_class: type[Args], defaults_for: Callable[[str], dict], argv: Sequence[str]) -> Args:
-    """The arguments: as given in `argv`, else as saved in the run resumed, else the task's, else the dataclass's.
+    """The arguments: those in `argv`, else those of the run resumed, else the task's, else the dataclass's.
 
     Raises UsageError (the checkpoint cannot be resumed) and SystemExit (status 2 from tyro; 0 after --help).
     """
@@ -120,17 +48,75 @@ def parse(args_class: type[Args], defaults_for: Callable[[str], dict], argv: Seq
         known: dict[str, Any] = {name: value for name, value in checkpoint["args"].items() if name in names}
         if foreign := sorted(checkpoint["args"].keys() - set(names)):
             raise UsageError(
-                f"--resume {given.resume}: is a run of agent {checkpoint['agent']}, whose arguments this one lacks: "
-                + ", ".join(foreign)
+                f"--resume {given.resume}: is a run of agent {checkpoint['agent']}, "
+                "whose arguments this one lacks: " + ", ".join(foreign)
             )
         known |= {"run_dir": None, "resume": None}
     else:
         known = defaults_for(given.env or args_class().env)
-    # tyro lists fields in the dataclass's order, where the inherited ones come first: the algorithm's belong there
-    fields = args_class.__dataclass_fields__
-    args_class.__dataclass_fields__ = {name: fields[name] for name in (*args_class.__annotations__, *fields)}
     about = (sys.modules[args_class.__module__].__doc__ or "").split("\n\n")[0]  # of the agent's file
-    return tyro.cli(args_class, args=list(argv), default=dataclasses.replace(args_class(), **known), description=about)
+    default = dataclasses.replace(args_class(), **known)
+    with registry(args_class):
+        return tyro.cli(
+            args_class, args=list(argv), default=default, description=about,
+            config=(tyro.conf.OmitArgPrefixes,),  # the groups' names are titles, no part of a flag
+        )  # fmt: skip
+
+
+def registry(args_class: type[RunArgs]) -> ConstructorRegistry:
+    """What tyro has to know: the groups of arguments, and that whole numbers may be given as 1e6."""
+    rules = ConstructorRegistry()
+    fields: dict[str, StructFieldSpec] = {}  # all arguments, as tyro's own rule for dataclasses finds them
+    asking: list[bool] = []  # for them, meanwhile
+
+    class Task:
+        names = TASK
+
+    class Plumbing:
+        names = PLUMBING
+
+    class Algorithm:
+        names: tuple[str, ...] = ()  # all others
+
+    @rules.struct_rule
+    def grouped(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if info.type in (Task, Algorithm, Plumbing):
+            return StructConstructorSpec(dict, tuple(fields[name] for name in info.type.names))
+        if info.type is not args_class or asking:
+            return None
+        asking.append(True)
+        spec = ConstructorRegistry.get_struct_spec(info)
+        asking.clear()
+        if not isinstance(spec, StructConstructorSpec):
+            return None
+        fields.update({field.name: field for field in spec.fields})
+        Algorithm.names = tuple(name for name in fields if name not in TASK + PLUMBING)
+        groups = tuple(
+            StructFieldSpec(each.__name__.lower(), each, MISSING_NONPROP, helptext="")
+            for each in (Task, Algorithm, Plumbing)
+        )
+        return StructConstructorSpec(
+            lambda **of: spec.instantiate(**of["task"], **of["algorithm"], **of["plumbing"]), groups
+        )
+
+    @rules.primitive_rule
+    def whole(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if info.type is not int:
+            return None
+
+        def read(strings: list[str]) -> int:
+            with contextlib.suppress(ValueError):
+                return int(strings[0])
+            with contextlib.suppress(ValueError):
+                if (value := float(strings[0])).is_integer():
+                    return int(value)
+            raise ValueError(f"{strings[0]!r} is no whole number")
+
+        return PrimitiveConstructorSpec(
+            1, "INT", read, lambda value: isinstance(value, int), lambda value: [str(value)]
+        )
+
+    return rules
 
 
 def main(args_class: type[Args], train: Callable[[Args], Any], defaults_for: Callable[[str], dict]) -> None:
@@ -139,51 +125,23 @@ def main(args_class: type[Args], train: Callable[[Args], Any], defaults_for: Cal
     defaults_for: the agent's table, from an environment's id to the fields whose defaults differ there.
     Exit status: 2 for what the user got wrong, 1 for a fault of the run, 130 after Ctrl-C, 143 after SIGTERM.
     """
-
-    def ask_to_stop(signal_number: int, _frame: object) -> None:
-        if Run.stop_signal:  # asked before: do not wait for the end of the iteration
-            raise Interrupted(signal_number)
-        Run.stop_signal = signal_number
-
-    def report_thread_failure(failure: threading.ExceptHookArgs) -> None:
-        if not issubclass(failure.exc_type, OSError):  # TensorBoard's thread hands its own to the main thread as well
-            threading.__excepthook__(failure)
-
-    Run.stop_signal, Run.latest = 0, None
-    threading.excepthook = report_thread_failure
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, ask_to_stop)
+    process = Process()
     try:
-        train(parse(args_class, defaults_for, sys.argv[1:]))
+        with process:  # left before anything is told: the message shall not stand in the progress bar
+            train(parse(args_class, defaults_for, sys.argv[1:]))
     except UsageError as error:
         _end(2, f"error: {error}")
     except RunFault as error:
-        _end(1, f"error: {error}\n{_last_checkpoint()}")
+        _end(1, f"error: {error}\n{process.after_fault()}")
     except OSError as error:
         if error.errno not in DISK_FAULTS:
             raise
-        _end(1, f"error: {error}\n{_last_checkpoint()}")
+        _end(1, f"error: {error}\n{process.after_fault()}")
     except KeyboardInterrupt as error:
         number = error.signal_number if isinstance(error, Interrupted) else int(signal.SIGINT)
-        run = Run.latest
-        if run is not None and run.saved_step is not None:
-            _end(128 + number, f"interrupted at step {run.saved_step}; resume with: {_resume_command(run)}")
-        _end(128 + number, "interrupted before the first checkpoint; start again")
-
-
-def _resume_command(run: Run) -> str:
-    return f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(run.folder))}"
-
-
-def _last_checkpoint() -> str:
-    run = Run.latest
-    if run is None or run.saved_step is None:
-        return "no checkpoint had been written yet"
-    return f"last good checkpoint: step {run.saved_step}; resume with: {_resume_command(run)}"
+        _end(128 + number, process.after_interrupt())
 
 
 def _end(status: int, message: str) -> NoReturn:
-    if Run.latest is not None:
-        Run.latest.close()  # the progress bar first: the message shall stand on a line of its own
     print(message, file=sys.stderr, flush=True)
     sys.exit(status)

@@ -1,11 +1,16 @@
-"""Device, threads, compilation: one source for an agent's functions, run eagerly, compiled, or as CUDA graphs.
+"""Device, threads, compilation: one source for an agent's functions, run eagerly or compiled.
 
-An agent's update is a pure function of tensors: parameters as one flat vector, optimiser state and a batch in, the new ones
-out. That makes every mode the same code:
+An agent's update is a pure function of tensors: parameters as one flat vector, optimiser state and a batch in, the new
+ones out. That makes every mode the same code:
 
     CPU   torch.compile through Inductor's C++ wrapper
-    CUDA  torch.compile, and the compiled call captured once in a CUDA graph and replayed
+    CUDA  torch.compile with Inductor's CUDA graphs
     eager as it stands, by --no-compile or where there is no compiler
+
+What a compiled function reads besides its arguments (a field of Args, a global, a variable that it closes over) may change
+between two calls, as in any Python function: torch.compile's guards notice, and it is compiled anew. They are checked at
+every call and would cost a third of a small minibatch's time; therefore one call makes a whole pass over a batch, whose
+minibatches are a loop that the compiler keeps (`scan`).
 """
 
 import os
@@ -13,6 +18,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,103 +58,112 @@ def flatten(module: nn.Module) -> tuple[Tensor, Callable[[Tensor], dict[str, Ten
     return torch.cat([p.detach().reshape(-1) for p in module.parameters()]), unflatten
 
 
-def restore_generator(generator: torch.Generator, state: Tensor, seed: int) -> None:
-    """Go on with a checkpoint's random numbers, or, where the run was on another kind of device, with new ones from `seed`.
+def loader(module: nn.Module) -> Callable[[Tensor], None]:
+    """The function that puts a vector of parameters (P,), in the order of `flatten`, into the module itself.
 
-    A CPU's generator and a GPU's have states of different sizes, and neither takes the other's.
+    What runs eagerly uses the module so: `functional_call` takes four times as long as the products of a small step.
+    Gradients are taken of pure functions of the vector, never of the module.
     """
-    if state.numel() == generator.get_state().numel():
-        generator.set_state(state)
-    else:
-        generator.manual_seed(seed)
+    module.requires_grad_(False)
+    home = torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+    nn.utils.vector_to_parameters(home, module.parameters())  # views of it, so that one copy fills them all
+    return home.copy_
+
+
+def scan(step: Callable, carry: Any, rows: Any) -> tuple[Any, Any]:
+    """`for row in rows: carry, out = step(carry, row)`, compiled as one loop; the last carry, and the outs stacked.
+
+    carry, rows and out are tensors, or tuples and dicts of tensors; a row is one entry of each along its first
+    dimension. Compiled code asks three things of `step` that plain Python does not: a new carry has the shapes and
+    types of the old one, none of its tensors is one that came in, and nothing is changed in place.
+    """
+    leaves, structure = tree_flatten(rows)
+    if torch.compiler.is_compiling() and len(leaves[0]) > 1:  # a loop of one turn is none, and trips Inductor
+        from torch._higher_order_ops.scan import scan as compiled_scan
+
+        return compiled_scan(step, carry, rows)
+    outs = []
+    for row in zip(*(leaf.unbind() for leaf in leaves), strict=True):
+        carry, out = step(carry, tree_unflatten(row, structure))
+        outs.append(out)
+    return carry, tree_map(lambda *column: torch.stack(column), *outs)
 
 
 def compile_function(function: Callable, device: torch.device, enabled: bool = True) -> Callable:
     """The pure `function` of tensors, compiled for `device`; itself if not `enabled`.
 
-    Where compilation fails (no C++ compiler, say) one warning line is printed and the function runs eagerly.
+    Where compilation fails (no C++ compiler, say), and where what the function reads has changed so often that compiling
+    it once more would not pay, one warning line is printed and it runs eagerly from there on.
     """
     return _Compiled(function, device) if enabled else function
 
 
 class _Compiled:
-    """A compiled function that times its first call and falls back to eager if that fails to compile."""
+    """A compiled function that tells when it compiles, and runs eagerly where that fails."""
 
     warned = False  # once a process
     seconds = 0.0  # spent in first calls, all compiled functions of the process together
 
     def __init__(self, function: Callable, device: torch.device):
-        # The agents' functions close over constants only, so what can change between two calls is the shape of a tensor:
-        # checking nothing else saves a third of the time of a small update (guards 110 us of 290 us measured).
-        options: dict[str, Any] = {"guard_filter_fn": lambda guards: [g.guard_type == "TENSOR_MATCH" for g in guards]}
+        options: dict[str, Any] = {"triton.cudagraphs": True}
         if device.type == "cpu":
-            options["cpp_wrapper"] = True  # calls the kernels from C++: 180 us an update against 267 us from Python
-            os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compile processes beside a small run
-        # Dynamo keeps compiled code by code object, which all closures of one inner function share; the constants they close
-        # over are not guarded, so each gets a code object of its own
-        function = types.FunctionType(
-            function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
-        )
+            options = {
+                "cpp_wrapper": True
+            }  # calls the kernels from C++: 180 us an update against 267 us from Python
+            os.environ.setdefault(
+                "TORCHINDUCTOR_COMPILE_THREADS", "1"
+            )  # no pool of compile processes beside a small run
         self.eager = function
-        self.call: Callable = torch.compile(function, fullgraph=True, dynamic=False, options=options)
-        if device.type == "cuda":
-            self.call = _CudaGraph(self.call)
-        self.ready = False
+        self.name = getattr(function, "func", function).__name__  # of a partial, or of the function itself
+        self.on_gpu = device.type == "cuda"
+        self.options = options
+        self.call: Callable = self._first_call
 
     def __call__(self, *args: Any) -> Any:
-        if self.ready:
-            return self.call(*args)
-        start = time.perf_counter()
         try:
             result = self.call(*args)
-        except Exception as error:  # whatever the toolchain raises; an error of the function's own is raised again by eager
+        except (
+            Exception
+        ) as error:  # whatever the toolchain raises; an error of the function's own is raised again by eager
             result = self.eager(*args)
-            reason = " ".join(str(error).split())[:120]
             if not _Compiled.warned:
-                print(f"warning: torch.compile failed, running {self.eager.__name__} eagerly ({reason})", file=sys.stderr)
+                reason = " ".join(str(error).split())[:120]
+                if type(error).__name__ == "FailOnRecompileLimitHit":
+                    reason = "a constant that it reads keeps changing; pass what changes as a tensor"
+                print(
+                    f"warning: torch.compile failed, running {self.name} eagerly ({reason})", file=sys.stderr
+                )
             _Compiled.warned = True
             self.call = self.eager
-        self.ready = True
-        _Compiled.seconds += time.perf_counter() - start
-        return result
+        # what a CUDA graph returned is overwritten by its next replay
+        return tree_map(torch.clone, result) if self.on_gpu else result
+
+    def _first_call(self, *args: Any) -> Any:
+        start = time.perf_counter()
+        import torch._inductor.config  # a second, spared to runs that do not compile
+
+        # Inductor keeps no compiled loop in its cache unless told that it may: all of the loop's code is in the cache's key
+        torch._inductor.config.unsafe_marked_cacheable_functions["torch.ops.higher_order.scan"] = (
+            torch.__version__
+        )
+        self.call = torch.compile(own_code(self.eager), fullgraph=True, dynamic=False, options=self.options)
+        try:
+            return self.call(*args)
+        finally:
+            _Compiled.seconds += time.perf_counter() - start
+
+
+def own_code(function: Callable) -> Callable:
+    """A copy of a function, or of the one in a partial, with a code object of its own.
+
+    Dynamo counts compilations by code object, and without this two runs in one process would share the allowance of one.
+    """
+    if isinstance(function, partial):
+        return partial(own_code(function.func), *function.args, **function.keywords)
+    code, defaults = function.__code__.replace(), function.__defaults__
+    return types.FunctionType(code, function.__globals__, function.__name__, defaults, function.__closure__)
 
 
 def compile_seconds() -> float:
     """Seconds this process has spent compiling so far (the first call of each compiled function)."""
     return _Compiled.seconds
-
-
-class _CudaGraph:
-    """Captures a pure function once for each set of argument shapes; a call copies its arguments in, replays, copies out.
-
-    The function may neither change its arguments nor draw random numbers: noise comes in as an argument.
-    """
-
-    def __init__(self, function: Callable):
-        self.function = function
-        self.captured: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
-
-    def __call__(self, *args: Any) -> Any:
-        leaves, structure = tree_flatten(args)
-        key = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        if key not in self.captured:
-            self.captured[key] = self._capture(leaves, structure)
-        graph, inputs, outputs = self.captured[key]
-        for static, leaf in zip(inputs, leaves, strict=True):
-            static.copy_(leaf, non_blocking=True)
-        graph.replay()
-        return tree_map(torch.clone, outputs)  # the next replay overwrites the captured outputs
-
-    def _capture(self, leaves: list[Tensor], structure: Any) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any]:
-        inputs = [leaf.detach().to("cuda", copy=True) for leaf in leaves]
-        args = tree_unflatten(inputs, structure)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # compiles, and lets cuBLAS allocate its workspace, both outside the capture
-                self.function(*args)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = self.function(*args)
-        return graph, inputs, outputs

@@ -1,118 +1,25 @@
-"""Vectorised environments under one contract: true successors, two kinds of ending, no filler rows.
+"""Making environments: N copies of any registered Gymnasium id, on the fastest engine that steps them faithfully.
 
-A step of N environments yields, for each of them, the reward, the **true** successor `next_obs` (on the last step of an
-episode too), `terminated` and `truncated` apart, and `obs`, the observation to act on next: equal to `next_obs`, but the
-first of the new episode where one has just ended. No row is ever an autoreset's filler. So with a rollout's arrays
-
-    delta_t = r_t + gamma (1 - terminated_t) V(next_obs_t) - V(obs_t)
-
-is right at every row: time limits bootstrap, terminations do not.
+The contract of a step is in vector_env.py. Engines: Gymnasium's own classes in a loop (here), its MuJoCo tasks
+(mujoco_engine.py) and its classic control tasks (classic_engine.py) stepped all at once.
 """
 
 import contextlib
 import difflib
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import gymnasium as gym
 import numpy as np
 
+from zoo.common import classic_engine
 from zoo.common.errors import EnvironmentFault, UsageError
+from zoo.common.vector_env import Step, VectorEnv, class_name
 
+__all__ = ["GymnasiumVectorEnv", "Step", "VectorEnv", "make_envs", "make_single"]
 
-class Step(NamedTuple):
-    """What `VectorEnv.step` returns: N rows, one an environment."""
-
-    obs: np.ndarray  # (N, D) the observations to act on next
-    reward: np.ndarray  # (N,)
-    next_obs: np.ndarray  # (N, D) the true successors
-    terminated: np.ndarray  # (N,) bool: the task ended, the future is worth 0
-    truncated: np.ndarray  # (N,) bool: a time limit cut the episode, the future is worth V(next_obs)
-    episodes: list[tuple[float, int]]  # (return, length) of the episodes that ended here
-
-
-class VectorEnv:
-    """N copies of a task. An engine implements `_restart` and `_advance`; the contract is kept here.
-
-    Box actions are given in the policy's scale: [-1, 1] spans the bounds of a bounded dimension (values outside are
-    clipped), an unbounded dimension takes the value as it is. Discrete actions are counted from 0.
-    """
-
-    engine = "none"
-
-    def __init__(self, env_id: str, num_envs: int, single: gym.Env, dtype: type = np.float32):
-        self.env_id, self.num_envs, self.dtype = env_id, num_envs, dtype
-        self.obs_dim = int(np.prod(single.observation_space.shape or (1,)))
-        space = single.action_space
-        self.discrete = isinstance(space, gym.spaces.Discrete)
-        if isinstance(space, gym.spaces.Discrete):
-            self.action_dim, self.action_start = int(space.n), int(space.start)
-        elif isinstance(space, gym.spaces.Box):
-            self.action_dim, self.action_shape, self.action_dtype = int(np.prod(space.shape)), space.shape, space.dtype
-            low, high = space.low.reshape(-1).astype(np.float64), space.high.reshape(-1).astype(np.float64)
-            self.bounded = np.isfinite(low) & np.isfinite(high)
-            finite_low, finite_high = np.where(self.bounded, low, -1.0), np.where(self.bounded, high, 1.0)
-            self.action_scale, self.action_shift = (finite_high - finite_low) / 2, (finite_high + finite_low) / 2
-            self._low, self._high = low, high
-        self._returns, self._lengths = np.zeros(num_envs), np.zeros(num_envs, dtype=np.int64)
-
-    def reset(self, seeds: Sequence[int]) -> np.ndarray:
-        """Start every episode afresh, environment i from seeds[i] (see seeding.py); (N, D) first observations.
-
-        Raises ValueError where there is not one seed for each environment.
-        """
-        if len(seeds) != self.num_envs:
-            raise ValueError(f"reset takes one seed for each of {self.num_envs} environments, not {len(seeds)}")
-        self._returns[:], self._lengths[:] = 0, 0
-        every = np.arange(self.num_envs)
-        return self._checked(self._cast(self._restart(every, seeds)), "observation at reset", every)
-
-    def step(self, action: np.ndarray) -> Step:
-        """Advance by one action each: (N,) integers, or (N, A) numbers in the policy's scale."""
-        next_obs, reward, terminated, truncated = self._advance(self.to_env_action(action))
-        every = np.arange(self.num_envs)
-        next_obs = self._checked(self._cast(next_obs), "observation", every)
-        self._checked(self._cast(reward), "reward", every)
-        self._returns += reward
-        self._lengths += 1
-        ended, obs, episodes = np.flatnonzero(terminated | truncated), next_obs, []
-        if len(ended):
-            episodes = [(float(self._returns[i]), int(self._lengths[i])) for i in ended]
-            self._returns[ended], self._lengths[ended] = 0, 0
-            obs = next_obs.copy()
-            obs[ended] = self._checked(self._cast(self._restart(ended, None)), "observation at reset", ended)
-        return Step(obs, reward, next_obs, terminated, truncated, episodes)
-
-    def to_env_action(self, action: np.ndarray) -> np.ndarray:
-        """From the policy's scale to the environment's."""
-        if self.discrete:
-            return action + self.action_start
-        scaled = np.asarray(action, np.float64) * self.action_scale + self.action_shift
-        scaled = np.clip(scaled, self._low, self._high)  # last, because rounding could overstep a bound
-        return np.rint(scaled) if np.issubdtype(self.action_dtype, np.integer) else scaled
-
-    def _cast(self, values: np.ndarray) -> np.ndarray:
-        with np.errstate(over="ignore"):  # what overflows is told as non-finite
-            return values.astype(self.dtype)
-
-    def _checked(self, values: np.ndarray, what: str, index: np.ndarray) -> np.ndarray:
-        if not np.isfinite(values).all():
-            bad = int(index[np.argwhere(~np.isfinite(values))[0][0]])
-            raise EnvironmentFault(f"{self.env_id} returned a non-finite {what} in environment {bad} of {self.num_envs}")
-        return values
-
-    def _restart(self, index: np.ndarray, seeds: Sequence[int] | None) -> np.ndarray:
-        """Begin new episodes in the environments of `index`, (len(index), D): in all with their seeds, or going on with
-        their generators."""
-        raise NotImplementedError  # each engine has its own
-
-    def _advance(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """One step without any reset: next_obs (N, D), reward (N,), terminated (N,), truncated (N,)."""
-        raise NotImplementedError  # each engine has its own
-
-    def close(self) -> None:
-        """Free what the engine holds."""
+RETURNS = {"reset": ("obs", "info"), "step": ("obs", "reward", "terminated", "truncated", "info")}
 
 
 class GymnasiumVectorEnv(VectorEnv):
@@ -124,47 +31,120 @@ class GymnasiumVectorEnv(VectorEnv):
 
     engine = "gymnasium"
 
-    def __init__(self, env_id: str, num_envs: int, single: gym.Env, dtype: type = np.float32):
+    def __init__(self, env_id: str, num_envs: int, single: gym.Env, dtype: Any = None):
         super().__init__(env_id, num_envs, single, dtype)
         self.envs = [single] + [make_single(env_id) for _ in range(num_envs - 1)]
 
     def _restart(self, index, seeds):
-        return np.stack([self._call(i, "reset", seed=None if seeds is None else int(seeds[i]))[0] for i in index])
+        rows = np.empty((len(index), *self.obs_shape))
+        for row, i in enumerate(index):
+            try:
+                result = self.envs[i].reset(seed=None if seeds is None else int(seeds[i]))
+            except Exception as error:
+                self._raised("reset", error)
+            rows[row] = self._parts("reset", result)[0]
+        return rows.reshape(len(index), -1)
 
     def _advance(self, action):
-        actions = action.tolist() if self.discrete else action.astype(self.action_dtype).reshape(-1, *self.action_shape)
-        rows = [self._call(i, "step", a) for i, a in enumerate(actions)]
-        next_obs, reward, terminated, truncated = zip(*rows, strict=True)
-        return np.stack(next_obs), *map(self._numbers, (reward, terminated, truncated), (np.float64, bool, bool))
+        if self.discrete:
+            actions = action.tolist()
+        else:
+            actions = action.astype(self.action_dtype).reshape(-1, *self.action_shape)
+        rows, reward, terminated, truncated = np.empty((self.num_envs, *self.obs_shape)), [], [], []
+        for i, env in enumerate(self.envs):
+            try:
+                result = env.step(actions[i])
+            except Exception as error:
+                self._raised("step", error)
+            # copied at once, for the environments may share one array
+            rows[i], one_reward, one_terminated, one_truncated, _ = self._parts("step", result)
+            reward.append(one_reward)
+            terminated.append(one_terminated)
+            truncated.append(one_truncated)
+        return (
+            rows.reshape(self.num_envs, -1),
+            self._numbers("reward", reward, "fiub").astype(np.float64, copy=False),
+            self._numbers("terminated", terminated, "b"),
+            self._numbers("truncated", truncated, "b"),
+        )
 
-    def _numbers(self, values, dtype):
-        """(N,) from a number, or an array that holds one, of each environment."""
+    def _parts(self, method: str, result: Any) -> tuple:
+        """What `method` returned, with an observation that is an array of the space's shape; EnvironmentFault if it cannot be."""
+        names = RETURNS[method]
+        if not isinstance(result, tuple) or len(result) != len(names):
+            returned = (
+                f"{len(result)} values" if isinstance(result, tuple) else f"one {type(result).__name__}"
+            )
+            self._fault(method, f"returned {returned}; right is {_signature(method)}")
+        obs = result[0]
+        if type(obs) is np.ndarray and obs.shape == self.obs_shape and obs.dtype.kind in "fiub":
+            return result
         try:
-            return np.array(values, dtype).reshape(self.num_envs)
-        except (TypeError, ValueError) as error:
-            shapes = sorted({np.shape(value) for value in values})
-            raise EnvironmentFault(f"{self.env_id} returned rewards or flags of shape {shapes}, not one number each") from error
+            array = np.asarray(obs)
+        except ValueError:  # rows of different lengths
+            array = np.array(None)
+        if array.dtype.kind not in "fiub":
+            self._fault(
+                method,
+                f"returned as observation a {type(obs).__name__}, not numbers of shape {self.obs_shape}",
+            )
+        if array.shape != self.obs_shape:
+            self._fault(
+                method,
+                f"returned an observation of shape {array.shape}, not {self.obs_shape} as its observation space says",
+            )
+        return (array, *result[1:])
 
-    def _call(self, i, method, *args, **kwargs):
+    def _numbers(self, name: str, values: list, kinds: str) -> np.ndarray:
+        """(N,) from a number, or an array that holds one, of each environment; `kinds` of NumPy are right."""
         try:
-            obs, *rest = getattr(self.envs[i], method)(*args, **kwargs)
-        except Exception as error:
-            message = " ".join(str(error).split())  # on one line
-            raise EnvironmentFault(f"{self.env_id} raised {type(error).__name__} in {method}: {message}") from error
-        return (np.asarray(obs, np.float64).reshape(-1), *rest[:3])
+            array = np.array(values).reshape(self.num_envs)
+        except ValueError:  # arrays of several numbers, or of different shapes
+            array = np.array(None)
+        if kinds == "b" and array.dtype.kind in "iuf" and np.isin(array, (0, 1)).all():
+            array = array.astype(bool)
+        if array.dtype.kind not in kinds:
+            right = "one bool" if kinds == "b" else "one number"
+            self._fault("step", f"returned as {name} {_short(values)}, not {right} each")
+        return array
+
+    def _raised(self, method: str, error: Exception) -> NoReturn:
+        message = " ".join(str(error).split())  # on one line
+        # wrappers of the task unpack what it returns
+        hint = (
+            f"; right is {_signature(method)}"
+            if "to unpack" in message or "unexpected keyword" in message
+            else ""
+        )
+        raise EnvironmentFault(
+            f"{self.env_id} raised {type(error).__name__} in {method}: {message}{hint}"
+        ) from error
+
+    def _fault(self, method: str, message: str) -> NoReturn:
+        raise EnvironmentFault(f"{self.env_id}: {method} {message}")
 
     def close(self):
         for env in self.envs:
             env.close()
 
 
+def _signature(method: str) -> str:
+    given = "seed=None, options=None" if method == "reset" else "action"
+    return f"{method}({given}) -> ({', '.join(RETURNS[method])})"
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 @contextlib.contextmanager
-def _without_deprecations() -> Iterator[None]:
-    """Making a v4 task warns that there is a v5, and MuJoCo of an XML attribute in Gymnasium's own files, for every copy."""
-    try:
-        import mujoco
-    except ImportError:
-        mujoco = None
+def _without_deprecations(env_id: str) -> Iterator[None]:
+    """Making a v4 task warns that there is a v5, and MuJoCo of an XML attribute in Gymnasium's own files."""
+    mujoco = None
+    if "envs.mujoco" in str(getattr(gym.registry.get(env_id), "entry_point", "")):  # importing it takes 0.2 s
+        with contextlib.suppress(ImportError):
+            import mujoco
     handler = mujoco and mujoco.get_mju_user_warning()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -180,8 +160,8 @@ def _without_deprecations() -> Iterator[None]:
 def make_single(env_id: str) -> gym.Env:
     """One Gymnasium environment, or a UsageError with the nearest ids where there is none of that name."""
     try:
-        with _without_deprecations():
-            # The passive checker warns on every step of every copy; the spaces are checked once, in make_envs.
+        with _without_deprecations(env_id):
+            # The passive checker warns on every step of every copy; what it looks at is checked here as well.
             return gym.make(env_id, disable_env_checker=True)
     except gym.error.DependencyNotInstalled as error:
         raise UsageError(f"--env {env_id} needs a package that is missing: {error}") from error
@@ -190,18 +170,18 @@ def make_single(env_id: str) -> gym.Env:
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise UsageError(f"--env {env_id}: {' '.join(str(error).split())}{hint}") from error
     except Exception as error:  # the constructor's own
-        raise UsageError(f"--env {env_id} cannot be made: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        message = " ".join(str(error).split())
+        raise UsageError(f"--env {env_id} cannot be made: {type(error).__name__}: {message}") from error
 
 
 def make_envs(env_id: str, num_envs: int, engine: str = "auto", threads: int | None = None) -> VectorEnv:
     """`num_envs` copies of any registered Gymnasium id, on the fastest engine that steps it faithfully.
 
-    engine: "auto", "mujoco" (MuJoCo's own batched stepping; see mujoco_engine.py) or "gymnasium" (a loop over envs).
+    engine: "auto", "mujoco" and "classic" (all copies stepped at once, see mujoco_engine.py and classic_engine.py)
+    or "gymnasium" (a loop over its environments).
     threads: physics threads of the MuJoCo engine; by default one for each usable core.
     Raises UsageError for an unknown id and for spaces no agent of the zoo handles.
     """
-    from zoo.common.mujoco_engine import MujocoVectorEnv, serves
-
     if num_envs < 1:
         raise UsageError(f"--num-envs must be at least 1, not {num_envs}")
     single = make_single(env_id)
@@ -212,9 +192,16 @@ def make_envs(env_id: str, num_envs: int, engine: str = "auto", threads: int | N
             "(gymnasium.wrappers.FlattenObservation makes one of most spaces)"
         )
     if not isinstance(action_space, gym.spaces.Box | gym.spaces.Discrete):
-        raise UsageError(f"--env {env_id}: actions are {action_space}; the zoo's agents act in a Box or a Discrete space")
-    if engine == "mujoco" and not serves(single):
-        raise UsageError(f"engine mujoco does not serve {env_id}; use auto or gymnasium")
-    if engine != "gymnasium" and serves(single):
-        return MujocoVectorEnv(env_id, num_envs, single, threads=threads)
+        raise UsageError(
+            f"--env {env_id}: actions are {action_space}; the zoo's agents act in a Box or a Discrete space"
+        )
+    if engine in ("auto", "classic") and classic_engine.serves(single):
+        return classic_engine.ClassicVectorEnv(env_id, num_envs, single)
+    if engine in ("auto", "mujoco") and class_name(single.unwrapped).startswith("gymnasium.envs.mujoco."):
+        from zoo.common import mujoco_engine  # importing MuJoCo takes 0.2 s, which a run without it is spared
+
+        if mujoco_engine.serves(single):
+            return mujoco_engine.MujocoVectorEnv(env_id, num_envs, single, threads=threads)
+    if engine not in ("auto", "gymnasium"):
+        raise UsageError(f"engine {engine} does not serve {env_id}; use auto or gymnasium")
     return GymnasiumVectorEnv(env_id, num_envs, single)

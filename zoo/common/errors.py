@@ -2,12 +2,20 @@
 
 
 class UsageError(Exception):
-    """Something the user gave cannot work; names the argument, the value and what would be right. Exit status 2."""
+    """Something given cannot work; names the argument, the value and what would be right. Exit status 2."""
 
 
 class RunFault(Exception):
-    """The run cannot go on (a non-finite loss, a full disk); the last good checkpoint stays. Exit status 1."""
+    """The run cannot go on (a non-finite loss, a full disk); its last checkpoint stays. Exit status 1."""
 
 
 class EnvironmentFault(RunFault):
     """The environment raised or returned something non-finite."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended the run; `signal_number` says which. Exit status 128 plus that."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(f"signal {signal_number}")
+        self.signal_number = signal_number

@@ -1,41 +1,37 @@
-"""A run's files, written so that a kill at any moment leaves each of them whole: checkpoints, table, lock, args.json."""
+"""A run's files, each of them whole whenever the run is killed: checkpoints, table, lock."""
 
 import contextlib
 import csv
 import errno
 import fcntl
 import io
-import json
 import os
 import pickle
-import platform
-import re
-import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-import numpy as np
 import torch
 
 from zoo.common.errors import RunFault, UsageError
 
-FORMAT = 1  # of checkpoint.pt and agent.pt; raised when a file of the old layout can no longer be read
+FORMAT = 2  # of checkpoint.pt and agent.pt; raised when a file of the old layout can no longer be read
 
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn a failure to write (disk full, permission) into a RunFault of one line."""
+    """Turn a failure to write (disk full, permission, folder deleted) into a RunFault of one line."""
     try:
         yield
     except OSError as error:
+        if not folder.exists():
+            raise RunFault(f"cannot write {folder}: the folder is gone, it was deleted or moved") from error
         raise RunFault(f"cannot write {error.filename or folder}: {error.strerror or error}") from error
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Replace `path` by what `write` puts into the file it is given: all of it, or the old file stays. Raises OSError."""
+    """Replace `path` by what `write` puts into the file it is given, wholly or not at all. Raises OSError."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -54,29 +50,6 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             os.close(folder)
 
 
-def portable(value: Any, where: str = "state") -> Any:
-    """The same nested value with tensors on the CPU, fit for `torch.load(weights_only=True)`.
-
-    Raises RunFault, naming the entry, for a tensor that is not finite: a loss can still be finite in the update that ruins
-    the parameters, and such a checkpoint must not replace the last good one.
-    """
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        if not torch.isfinite(value).all():
-            raise RunFault(f"{where} has become non-finite")
-        # torch.save writes the whole storage behind a view
-        return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
-    if isinstance(value, dict):
-        return {key: portable(item, f"{where}[{key!r}]") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)([portable(item, f"{where}[{i}]") for i, item in enumerate(value)])
-    if isinstance(value, np.generic):
-        return value.item()
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors, numbers, strings, dicts, lists, tuples")
-
-
 def save_checkpoint(path: Path, content: dict) -> None:
     """Write a dict made by `portable`, atomically. Raises OSError; `path` then holds what it held before."""
 
@@ -93,18 +66,25 @@ def load_checkpoint(path: Path, flag: str, agent: str | None = None, env: str | 
     """Read a checkpoint.pt or agent.pt without executing code; tensors on the CPU.
 
     `flag` is the argument that named the file; `agent` and `env`, where given, must be the checkpoint's.
-    Raises UsageError with the reason: missing, torn, foreign, code inside, another format, agent or environment.
+    Raises UsageError with the reason: missing, torn, foreign, code inside, another format, agent or task.
     """
 
     def refuse(reason: str) -> UsageError:
         return UsageError(f"{flag} {path.parent}: {path.name} {reason}")
 
-    if not path.parent.is_dir():
-        raise UsageError(f"{flag} {path.parent}: no such folder")
-    if not path.is_file():
-        raise UsageError(f"{flag} {path.parent}: holds no {path.name}; was the run stopped before its first checkpoint?")
-    with open(path, "rb") as file:
-        head = file.read(4)
+    try:
+        if not path.parent.is_dir():
+            raise UsageError(f"{flag} {path.parent}: no such folder")
+        if not path.is_file():
+            anew = f"; --run-dir {path.parent} starts it anew" if flag == "--resume" else ""
+            raise UsageError(
+                f"{flag} {path.parent}: holds no {path.name}; "
+                f"was the run stopped before its first checkpoint?{anew}"
+            )
+        with open(path, "rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise refuse(f"cannot be read: {error.strerror}") from error
     if head[:1] == b"\x80":
         raise refuse("is a plain pickle, which could execute code when loaded; refused")
     if not b"PK\x03\x04".startswith(head):
@@ -134,8 +114,14 @@ def load_checkpoint(path: Path, flag: str, agent: str | None = None, env: str | 
 
 
 def lock_folder(folder: Path, flag: str) -> IO[str]:
-    """Hold `folder` until the returned file is closed or the process dies. Raises UsageError when another run holds it."""
-    file = open(folder / ".lock", "a+")  # noqa: SIM115 (open as long as the run lives)
+    """Hold `folder` until the returned file is closed or the process dies.
+
+    Raises UsageError when another run holds it or it cannot be written.
+    """
+    try:
+        file = open(folder / ".lock", "a+")  # noqa: SIM115 (open as long as the run lives)
+    except OSError as error:
+        raise UsageError(f"{flag} {folder}: cannot be written: {error.strerror}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it with the process: never stale
     except BlockingIOError:
@@ -153,7 +139,7 @@ class Table:
     """progress.csv: one complete line a row; a metric that first appears later adds its column at the end."""
 
     def __init__(self, path: Path, columns: list[str], last_step: int):
-        """Open the table, keeping of an old one the complete rows up to environment step `last_step`. Raises OSError."""
+        """Open the table, keeping of an old one the complete rows up to `last_step`. Raises OSError."""
         self.path, self.columns = path, columns
         self._file: IO[bytes] | None = None
         text = path.read_text() if path.exists() else ""
@@ -177,9 +163,15 @@ class Table:
         with open(self.path, newline="") as file:
             return list(csv.DictReader(file))
 
+    def last_has_more_than(self, columns: list[str]) -> bool:
+        """Whether a cell of the last row is filled that is in none of `columns`."""
+        last = (self.rows() or [{}])[-1]
+        return any(cell and name not in columns for name, cell in last.items())
+
     def amend_last(self, row: dict[str, float]) -> None:
         """Fill cells of the last row (or write the first one)."""
         rows = self.rows()
+        self.columns = self.columns + [name for name in row if name not in self.columns]
         self.replace([*rows[:-1], {**(rows[-1] if rows else {}), **self._cells(row)}])
 
     def replace(self, rows: list[dict[str, str]]) -> None:
@@ -211,40 +203,3 @@ class Table:
         text = io.StringIO()
         csv.DictWriter(text, self.columns, restval="", lineterminator="\n").writerows(rows)
         return text.getvalue().encode()
-
-
-def describe(path: Path, args: dict, agent: str, engine: str, step: int) -> None:
-    """Write args.json: what is needed to repeat the run and to compare its speed. Raises OSError."""
-
-    def version(package: str) -> str | None:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return None
-
-    def git(*command: str) -> str:
-        folder = str(Path(__file__).parents[1])
-        try:
-            return subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True, timeout=5).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-
-    # "-dirty" only where the zoo's own code differs from the commit: new curves in results/ change nothing
-    commit = git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", ".") else "") or None
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
-    packages = {"zoo": "rl-zoo-classic"} | {name: name for name in ("torch", "gymnasium", "mujoco", "numpy")}
-    content = {
-        "agent": agent,
-        "args": args,
-        "resumed_at_step": step or None,
-        "engine": engine,
-        "versions": {"python": platform.python_version()} | {name: version(package) for name, package in packages.items()},
-        "commit": commit,
-        "machine": {
-            "platform": platform.platform(),
-            "cpu": cpu[1] if cpu else platform.processor(),
-            "cores": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if args.get("device") != "cpu" and torch.cuda.is_available() else None,
-        },
-    }
-    write_atomically(path, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))

@@ -23,13 +23,13 @@ import os
 from types import SimpleNamespace
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from gymnasium.utils import seeding
-from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 
-from zoo.common.envs import VectorEnv
 from zoo.common.errors import EnvironmentFault
 from zoo.common.mujoco_tasks import CLASSES
+from zoo.common.vector_env import VectorEnv, class_name, time_limit_of
 
 try:
     import mujoco
@@ -38,19 +38,11 @@ except ImportError:  # MuJoCo before 4.0, or none: `serves` then refuses everyth
     Batch = None
 
 
-def serves(single: Any) -> bool:
+def serves(single: gym.Env) -> bool:
     """Whether the engine steps copies of `single`, from gym.make, exactly as Gymnasium would."""
-    env, wrapper = single.unwrapped, single
-    while wrapper is not env:
-        if type(wrapper) not in (TimeLimit, OrderEnforcing, PassiveEnvChecker):
-            return False  # the user's wrapper may change anything
-        wrapper = wrapper.env
-    return Batch is not None and class_name(env) in CLASSES and env.render_mode is None
-
-
-def class_name(env: Any) -> str:
-    """module.Class of an environment."""
-    return f"{type(env).__module__}.{type(env).__qualname__}"
+    env: Any = single.unwrapped
+    known = Batch is not None and class_name(env) in CLASSES
+    return known and time_limit_of(single) is not None and env.render_mode is None
 
 
 class MujocoVectorEnv(VectorEnv):
@@ -61,15 +53,13 @@ class MujocoVectorEnv(VectorEnv):
 
     engine = "mujoco"
 
-    def __init__(self, env_id: str, num_envs: int, single: Any, dtype: type = np.float32, threads: int | None = None):
+    def __init__(
+        self, env_id: str, num_envs: int, single: gym.Env, dtype: Any = None, threads: int | None = None
+    ):
         super().__init__(env_id, num_envs, single, dtype)
         self.env: Any = single.unwrapped
         self.task, self.v5 = CLASSES[class_name(self.env)]
-        self.time_limit = np.inf
-        while single is not self.env:
-            if isinstance(single, TimeLimit):
-                self.time_limit = min(self.time_limit, single._max_episode_steps)
-            single = single.env
+        self.time_limit = time_limit_of(single)
         self.with_forces = getattr(self.env, "_use_contact_forces", "cfrc_ext" in self.task.derived)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # A persistent batch keeps each environment's MjData, from which mj_rnePostConstraint computes cfrc_ext
@@ -78,7 +68,9 @@ class MujocoVectorEnv(VectorEnv):
         fields = ("qpos", "qvel", "ctrl", *(name for name in self.task.derived if name != "cfrc_ext"))
         self.sim = SimpleNamespace(**{name: self.batch.bind(name) for name in fields})
         self.sim.cfrc_ext = np.zeros((num_envs, self.env.model.nbody, 6))
-        self.data = mujoco.MjData(self.env.model)  # where contact forces are computed, one environment after another
+        self.data = mujoco.MjData(
+            self.env.model
+        )  # where contact forces are computed, one environment after another
         self.generators = [np.random.default_rng() for _ in range(num_envs)]
         self.elapsed = np.zeros(num_envs, dtype=np.int64)
 
@@ -94,18 +86,27 @@ class MujocoVectorEnv(VectorEnv):
         return self.task.observe(self.env, self.v5, self.sim)[index]
 
     def _advance(self, action):
-        action = action.astype(np.float32)  # as Gymnasium's action space has it, and GymnasiumVectorEnv passes it
+        action = action.astype(
+            np.float32
+        )  # as Gymnasium's action space has it, and GymnasiumVectorEnv passes it
         before = None if self.task.track is None else self.task.track(self.env, self.sim).copy()
         self.sim.ctrl[:] = action
         self._call(self.batch.step, nstep=self.env.frame_skip)
         if self.with_forces:
-            for i in range(self.num_envs):  # no batched call for it; this adds about a tenth to the step's time
+            for i in range(
+                self.num_envs
+            ):  # no batched call for it; this adds about a tenth to the step's time
                 self.batch.get_data(i, self.data)
                 mujoco.mj_rnePostConstraint(self.env.model, self.data)
                 self.sim.cfrc_ext[i] = self.data.cfrc_ext
         self.elapsed += 1
         reward, terminated = self.task.judge(self.env, self.v5, self.sim, before, action)
-        return self.task.observe(self.env, self.v5, self.sim), reward, terminated, self.elapsed >= self.time_limit
+        return (
+            self.task.observe(self.env, self.v5, self.sim),
+            reward,
+            terminated,
+            self.elapsed >= self.time_limit,
+        )
 
     def _call(self, function, *args, **kwargs):
         try:

@@ -48,16 +48,23 @@ def positions(env: Any, sim: SimpleNamespace, skipped: int) -> np.ndarray:
     return sim.qpos[:, skipped if getattr(env, "_exclude_current_positions_from_observation", False) else 0 :]
 
 
-def observer(skipped: int, clip: float = np.inf) -> Callable:
+def observer(skipped: int, clip: float | None = None) -> Callable:
     """Observation (N, D) of the simpler tasks: positions and clipped velocities."""
-    return lambda env, v5, sim: np.concatenate((positions(env, sim, skipped), np.clip(sim.qvel, -clip, clip)), axis=1)
+
+    def observe(env: Any, v5: bool, sim: SimpleNamespace) -> np.ndarray:
+        velocities = sim.qvel if clip is None else np.clip(sim.qvel, -clip, clip)
+        return np.concatenate((positions(env, sim, skipped), velocities), axis=1)
+
+    return observe
 
 
 def observe_ant(env: Any, v5: bool, sim: SimpleNamespace) -> np.ndarray:
     """(N, 105), or (N, 27) without the contact forces, the default of v4; v5 drops the world's row of them."""
     parts = [positions(env, sim, 2), sim.qvel]
     if env._include_cfrc_ext_in_observation if v5 else env._use_contact_forces:
-        parts.append(np.clip(sim.cfrc_ext, *env._contact_force_range)[:, int(v5) :].reshape(len(sim.qvel), -1))
+        parts.append(
+            np.clip(sim.cfrc_ext, *env._contact_force_range)[:, int(v5) :].reshape(len(sim.qvel), -1)
+        )
     return np.concatenate(parts, axis=1)
 
 
@@ -67,7 +74,9 @@ def observe_humanoid(env: Any, v5: bool, sim: SimpleNamespace) -> np.ndarray:
     parts = {"cinert": sim.cinert[:, world:], "cvel": sim.cvel[:, world:]}
     parts |= {"qfrc_actuator": sim.qfrc_actuator[:, 6 * world :], "cfrc_ext": sim.cfrc_ext[:, world:]}
     kept = [
-        part.reshape(len(part), -1) for name, part in parts.items() if getattr(env, f"_include_{name}_in_observation", True)
+        part.reshape(len(part), -1)
+        for name, part in parts.items()
+        if getattr(env, f"_include_{name}_in_observation", True)
     ]
     return np.concatenate((positions(env, sim, 2), sim.qvel, *kept), axis=1)
 
@@ -82,7 +91,13 @@ def observe_reacher(env: Any, v5: bool, sim: SimpleNamespace) -> np.ndarray:
 def observe_double_pendulum(env: Any, v5: bool, sim: SimpleNamespace) -> np.ndarray:
     """(N, 11) or (N, 9): v5 keeps the constraint force on the cart only."""
     force, angle = np.clip(sim.qfrc_constraint, -10, 10), sim.qpos[:, 1:]
-    parts = (sim.qpos[:, :1], np.sin(angle), np.cos(angle), np.clip(sim.qvel, -10, 10), force[:, :1] if v5 else force)
+    parts = (
+        sim.qpos[:, :1],
+        np.sin(angle),
+        np.cos(angle),
+        np.clip(sim.qvel, -10, 10),
+        force[:, :1] if v5 else force,
+    )
     return np.concatenate(parts, axis=1)
 
 
@@ -123,7 +138,10 @@ def walker_healthy(env: Any, sim: SimpleNamespace) -> np.ndarray:
 
 def ant_healthy(env: Any, sim: SimpleNamespace) -> np.ndarray:
     """(N,) bool."""
-    finite, (low, high) = np.isfinite(sim.qpos).all(axis=1) & np.isfinite(sim.qvel).all(axis=1), env._healthy_z_range
+    finite, (low, high) = (
+        np.isfinite(sim.qpos).all(axis=1) & np.isfinite(sim.qvel).all(axis=1),
+        env._healthy_z_range,
+    )
     return finite & (low <= sim.qpos[:, 2]) & (sim.qpos[:, 2] <= high)
 
 
@@ -131,11 +149,6 @@ def humanoid_healthy(env: Any, sim: SimpleNamespace) -> np.ndarray:
     """(N,) bool."""
     low, high = env._healthy_z_range
     return (low < sim.qpos[:, 2]) & (sim.qpos[:, 2] < high)
-
-
-def always_healthy(env: Any, sim: SimpleNamespace) -> np.ndarray:
-    """(N,) bool."""
-    return np.ones(len(sim.qpos), bool)
 
 
 def contact_cost(env: Any, sim: SimpleNamespace) -> np.ndarray | float:
@@ -147,20 +160,23 @@ def contact_cost(env: Any, sim: SimpleNamespace) -> np.ndarray | float:
     return np.clip(cost, *getattr(env, "_contact_cost_range", (-np.inf, np.inf)))
 
 
-def judge_runner(track: Callable, healthy: Callable = always_healthy, double: bool = False) -> Callable:
+def judge_runner(track: Callable, healthy: Callable | None = None, double: bool = False) -> Callable:
     """Reward and termination of the locomotion tasks: forward velocity, a wage while healthy, minus the costs.
 
-    Where being unhealthy ends the episode, v4 still pays the wage for that last step, and v5 does not. The control's cost
-    is computed from the float32 action, but from MuJoCo's float64 copy of it if `double`.
+    Where being unhealthy ends the episode, v4 still pays the wage for that last step, and v5 does not. The control's
+    cost is computed from the float32 action, but from MuJoCo's float64 copy of it if `double`.
     """
 
     def judge(env: Any, v5: bool, sim: SimpleNamespace, before: np.ndarray, action: np.ndarray):
-        velocity, alive = (track(env, sim) - before) / env.dt, healthy(env, sim)
-        ends = getattr(env, "_terminate_when_unhealthy", False)
-        wage = (alive | (ends and not v5)) * getattr(env, "_healthy_reward", 0.0)
-        gain = getattr(env, "_forward_reward_weight", 1.0) * velocity + wage  # Ant-v4 has no weight
-        control_cost = env._ctrl_cost_weight * np.square(sim.ctrl if double else action).sum(axis=1)
-        return gain - (control_cost + contact_cost(env, sim)), ~alive & ends
+        gain = getattr(env, "_forward_reward_weight", 1.0) * (
+            (track(env, sim) - before) / env.dt
+        )  # Ant-v4 has no weight
+        cost = env._ctrl_cost_weight * np.square(sim.ctrl if double else action).sum(axis=1)
+        if healthy is None:
+            return gain - cost, np.zeros(len(action), bool)
+        alive, ends = healthy(env, sim), env._terminate_when_unhealthy
+        wage = (alive | (ends and not v5)) * env._healthy_reward
+        return gain + wage - (cost + contact_cost(env, sim)), ~alive & ends
 
     return judge
 
@@ -174,7 +190,11 @@ def judge_reacher(env: Any, v5: bool, sim: SimpleNamespace, before: np.ndarray, 
 
 def judge_pendulum(env: Any, v5: bool, sim: SimpleNamespace, before: None, action: np.ndarray):
     """One a step (v5: 0 on the last) while the pole stays within 0.2 rad."""
-    fallen = ~np.isfinite(sim.qpos).all(axis=1) | ~np.isfinite(sim.qvel).all(axis=1) | (np.abs(sim.qpos[:, 1]) > 0.2)
+    fallen = (
+        ~np.isfinite(sim.qpos).all(axis=1)
+        | ~np.isfinite(sim.qvel).all(axis=1)
+        | (np.abs(sim.qpos[:, 1]) > 0.2)
+    )
     return (~fallen).astype(np.float64) if v5 else np.ones(len(action)), fallen
 
 
@@ -202,7 +222,9 @@ TASKS = {
     "swimmer": Task(uniform_velocity, observer(2), judge_runner(root_x), root_x),
     "hopper": Task(uniform_velocity, observer(1, clip=10), judge_runner(root_x, hopper_healthy), root_x),
     "walker2d": Task(uniform_velocity, observer(1, clip=10), judge_runner(root_x, walker_healthy), root_x),
-    "ant": Task(normal_velocity, observe_ant, judge_runner(body_x, ant_healthy), body_x, ("xpos", "cfrc_ext")),
+    "ant": Task(
+        normal_velocity, observe_ant, judge_runner(body_x, ant_healthy), body_x, ("xpos", "cfrc_ext")
+    ),
     "humanoid": Task(
         uniform_velocity,
         observe_humanoid,
@@ -213,11 +235,18 @@ TASKS = {
     "reacher": Task(reacher_start, observe_reacher, judge_reacher, reach, ("xpos",)),
     "inverted_pendulum": Task(uniform_velocity, observer(0), judge_pendulum),
     "inverted_double_pendulum": Task(
-        normal_velocity, observe_double_pendulum, judge_double_pendulum, None, ("site_xpos", "qfrc_constraint")
+        normal_velocity,
+        observe_double_pendulum,
+        judge_double_pendulum,
+        None,
+        ("site_xpos", "qfrc_constraint"),
     ),
 }
 CLASSES = {  # Gymnasium's own classes, by name so that a version without one of them loses nothing else
-    f"gymnasium.envs.mujoco.{name}_v{version}.{name.title().replace('_', '').replace('2D', '2d')}Env": (task, version == 5)
+    f"gymnasium.envs.mujoco.{name}_v{version}.{name.title().replace('_', '').replace('2D', '2d')}Env": (
+        task,
+        version == 5,
+    )
     for name, task in TASKS.items()
     for version in (4, 5)
 }

@@ -38,7 +38,9 @@ class ReplayBuffer:
 
     def __init__(self, slots: int, num_envs: int, obs_dim: int, action_dim: int, device: torch.device):
         def zeros(*shape: int, dtype: type = np.float32) -> Tensor:
-            return torch.from_numpy(np.zeros(shape, dtype)).to(device)  # NumPy's take no memory until written to, torch's do
+            return torch.from_numpy(np.zeros(shape, dtype)).to(
+                device
+            )  # NumPy's take no memory until written to, torch's do
 
         try:
             self.obs = zeros(slots + 1, num_envs, obs_dim)
@@ -47,8 +49,14 @@ class ReplayBuffer:
             self.terminated = zeros(slots + 1, num_envs, dtype=np.bool_)
             self.ending = zeros(slots + 1, num_envs, dtype=np.int32)
             self.final_obs = zeros(num_envs, obs_dim)
-        except (MemoryError, ValueError, RuntimeError) as error:  # NumPy's, NumPy's of more than an address, CUDA's
-            raise UsageError(f"--buffer-size: {slots * num_envs} transitions do not fit into {device}'s memory") from error
+        except (
+            MemoryError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # NumPy's, NumPy's of more than an address, CUDA's
+            raise UsageError(
+                f"--buffer-size: {slots * num_envs} transitions do not fit into {device}'s memory"
+            ) from error
         self.head = self.size = 0  # the row to be written next; rows filled
         self.endings = [0, 0]  # numbers of the oldest ending that is kept and of the next one
 

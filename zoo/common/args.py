@@ -1,0 +1,118 @@
+"""The arguments that every agent takes, and the checks that refuse in one line what cannot work."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from zoo.common.errors import UsageError
+
+
+@dataclass
+class RunArgs:
+    """The arguments that every agent takes; its own `Args` inherits them and adds the algorithm's."""
+
+    # What a resumed run cannot change, because its state would not fit or would win over the argument. An
+    # agent adds its own: kept: ClassVar = (*RunArgs.kept, "hidden", ...)
+    kept: ClassVar[tuple[str, ...]] = ("env", "seed")
+
+    env: str = "HalfCheetah-v4"
+    """id of the Gymnasium environment"""
+    seed: int = 1
+    """seed of everything random"""
+    total_steps: int = 1_000_000
+    """environment steps of the whole run, over all environments"""
+    num_envs: int = 1
+    """environments stepped together"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the networks are"""
+    compile: bool = True
+    """compile the update (torch.compile)"""
+    threads: int = 1
+    """CPU threads of torch; small networks gain nothing from a second one"""
+    env_threads: int | None = None
+    """CPU threads of the MuJoCo engine; 1 when several runs share the machine; None: one a core"""
+    run_dir: str | None = None
+    """folder of the run, new, empty or left before its first checkpoint; None: runs/ENV__ALGO__SEED__TIME"""
+    resume: str | None = None
+    """folder of a run to go on with, from its last checkpoint and with its arguments"""
+    eval_every: int = 100_000
+    """environment steps between evaluations; 0: at the end only"""
+    eval_episodes: int = 10
+    """episodes of an evaluation"""
+    checkpoint_every: float = 60.0
+    """seconds between checkpoints"""
+    track: bool = False
+    """log to Weights & Biases as well"""
+    track_project: str = "rl-zoo-classic"
+    """its project"""
+    progress: bool = True
+    """show a progress bar (on a terminal only)"""
+
+
+# How --help groups the arguments; what is named here by neither is the algorithm's.
+TASK = ("env", "seed", "total_steps", "run_dir", "resume", "eval_every", "eval_episodes")
+PLUMBING = (
+    "device",
+    "compile",
+    "threads",
+    "env_threads",
+    "checkpoint_every",
+    "track",
+    "track_project",
+    "progress",
+)
+
+
+def flag(name: str) -> str:
+    """A field's name as it is given on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UsageError(message) unless the condition holds."""
+    if not condition:
+        raise UsageError(message)
+
+
+def check_args(
+    args: RunArgs,
+    at_least_1: Sequence[str] = (),
+    fractions: Sequence[str] = (),
+    positive: Sequence[str] = (),
+    finite: Sequence[str] = (),
+) -> None:
+    """Refuse common arguments that cannot work, and the agent's own that are named here.
+
+    at_least_1, fractions in [0, 1], positive, finite: names of fields. None passes, and of a tuple every
+    element is meant. Agents call it first and `require` what else they need.
+    """
+    least = {"seed": 0, "eval_every": 0}
+    least |= dict.fromkeys(
+        ("total_steps", "num_envs", "threads", "env_threads", "eval_episodes", *at_least_1), 1
+    )
+    for name, minimum in least.items():
+        value = getattr(args, name)
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        fits = all(v >= minimum for v in values) and value != ()
+        require(fits, f"{flag(name)} must be at least {minimum}, not {value}")
+    for name in fractions:
+        value = getattr(args, name)
+        require(0 <= value <= 1, f"{flag(name)} must lie in [0, 1], not {value:g}")
+    for name in positive:
+        value = getattr(args, name)
+        if value is not None:
+            require(0 < value < math.inf, f"{flag(name)} must be greater than 0, not {value:g}")
+    for name in finite:
+        value = getattr(args, name)
+        require(value is None or math.isfinite(value), f"{flag(name)} must be finite, not {value}")
+    require(args.seed < 2**31, f"--seed must be less than 2**31, not {args.seed}")
+    require(
+        args.checkpoint_every > 0,
+        f"--checkpoint-every must be greater than 0 seconds, not {args.checkpoint_every:g}",
+    )
+    require(
+        not (args.run_dir and args.resume),
+        f"--run-dir {args.run_dir} and --resume {args.resume} exclude each other: "
+        "a resumed run stays in its folder",
+    )
