@@ -80,7 +80,9 @@ def test_at_the_sampling_policy_all_losses_have_one_gradient():
     found = []
     for method, clip in (("score", None), ("is", None), ("is", 0.1)):
         args = small(method=method, clip=clip, kl="none")
-        grad, (_, metrics) = grad_and_value(ddpo.ddpo_loss, has_aux=True)(params, batch, mean, schedule.sigma, args)
+        grad, (_, metrics) = grad_and_value(ddpo.ddpo_loss, has_aux=True)(
+            params, batch, mean, schedule.sigma, args
+        )
         found.append(grad)
         assert metrics["approx_kl"].abs() < 1e-9
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
@@ -89,11 +91,15 @@ def test_at_the_sampling_policy_all_losses_have_one_gradient():
 
 @pytest.mark.parametrize("method", ["score", "is"])
 def test_the_loss_has_the_kl_where_it_should(method):
-    """With means 0.1 from the reference's the KL of a step is 0.005 / sigma^2; beta of it, and only in two of the places."""
+    """With means 0.1 from the reference's the KL of a step is 0.005 / sigma^2; beta of it, and only in two of
+    the places.
+    """
     params, mean, schedule, *_ = model(small())
     batch = batch_of(small(), params, mean, schedule)[0]
     loss = {
-        place: ddpo.ddpo_loss(params, batch, mean, schedule.sigma, small(method=method, kl=place, beta=3.0))[0]
+        place: ddpo.ddpo_loss(params, batch, mean, schedule.sigma, small(method=method, kl=place, beta=3.0))[
+            0
+        ]
         for place in ("none", "loss", "return", "log-ratio")
     }
     expected = 3.0 * (0.1**2 / (2 * schedule.sigma[batch.t] ** 2)).mean()
@@ -109,7 +115,9 @@ def test_beyond_the_clip_there_is_no_slope():
     t = torch.ones(4, dtype=torch.int64)
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
     batch = Denoising(x_next, x_next, t, t, ddpo.step_log_prob(x_next, old, sigma[t]), old, advantage)
-    grad, (_, metrics) = grad_and_value(ddpo.ddpo_loss, has_aux=True)(new, batch, lambda p, *_: p, sigma, args)
+    grad, (_, metrics) = grad_and_value(ddpo.ddpo_loss, has_aux=True)(
+        new, batch, lambda p, *_: p, sigma, args
+    )
     assert (grad != 0).squeeze().tolist() == [False, True, True, False]
     assert metrics["clipfrac"] == 1
 
@@ -130,7 +138,8 @@ def test_pretraining_learns_the_mixtures(predict):
         exact({"params": params, "reference": params})
         points, cell = exact.grid.points, exact.grid.cell
         densities = [
-            torch.exp(-0.5 * ((points - target.mean[c, :, 0].double()) / target.std) ** 2) @ target.weight[c].double()
+            torch.exp(-0.5 * ((points - target.mean[c, :, 0].double()) / target.std) ** 2)
+            @ target.weight[c].double()
             for c in range(2)
         ]
         density = torch.stack(densities) / (target.std * (2 * torch.pi) ** 0.5)

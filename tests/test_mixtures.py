@@ -50,7 +50,7 @@ def test_path_kl_of_a_shifted_chain():
 
 @pytest.mark.parametrize("dim", [1, 2])
 def test_the_best_chain_of_a_linear_reward(dim):
-    """With r = x_1 and a reference mu = a x, V_t = slope_t x + sum sigma^2 slope^2 / 2 beta, in closed form."""
+    """With r = x_1 and mu_ref = a x, V_t = slope_t x + sum sigma^2 slope^2 / 2 beta, in closed form."""
     grid, beta, slopes = mixtures.make_grid(dim, 9.0, 0.25), 0.7, [0.9, 0.7, 0.5]
     values = mixtures.soft_values(grid, linear(grid.points, slopes), SIGMA, grid.points[:, 0], beta)
     near = grid.points.abs().amax(-1) < 3
@@ -113,7 +113,9 @@ def test_the_best_chain_ends_in_the_tilt_where_sampling_is_memoryless(eta, memor
 
 
 def test_a_perfect_denoiser_makes_the_data():
-    """Its chain's x_0 is the mixture, within what 100 steps leave of the discretisation and the floor of sigma."""
+    """Its chain's x_0 is the mixture, within what 100 steps leave of the discretisation and the floor of
+    sigma.
+    """
     target, schedule = mixtures.line(), cosine_schedule(100)
     grid = mixtures.make_grid(1, target.half_width, 0.05)
     chance = mixtures.marginals(grid, perfect_means(target, grid.points, schedule), schedule.sigma)[0]

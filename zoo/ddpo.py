@@ -1,40 +1,44 @@
 """Policy gradients over a denoising chain (DDPO, Black et al. 2023, arXiv:2305.13301), one file.
 
-The KL to the reference model may stand in any of three places, or nowhere (DPOK, Fan et al. 2023, arXiv:2305.16381).
+The KL to the reference model may stand in any of three places, or nowhere (DPOK, Fan et al. 2023,
+arXiv:2305.16381).
 
-A diffusion model is first pretrained on data, then taught by a reward r(x_0, c) alone. Its T sampling steps are an MDP: the
-state is (x_t, t, c), the action x_{t-1}, and the policy a Gaussian whose mean the network gives and whose sigma is fixed:
+A diffusion model is first pretrained on data, then taught by a reward r(x_0, c) alone. Its T sampling steps
+are an MDP: the state is (x_t, t, c), the action x_{t-1}, and the policy a Gaussian whose mean the network
+gives and whose sigma is fixed:
 
-    pi(x_{t-1} | x_t, c) = N(mu_theta(x_t, c, t), sigma_t^2 I)                      log pi = -|x_{t-1} - mu|^2 / 2 sigma_t^2 + const
-    maximise J = E[ r(x_0, c) - beta sum_t KL_t(x_t) ],     KL_t = |mu_theta - mu_ref|^2 / 2 sigma_t^2      (S0 27, 28)
+    pi(x_{t-1} | x_t, c) = N(mu_theta(x_t, c, t), sigma_t^2 I);  log pi = -|x_{t-1} - mu|^2 / 2 sigma_t^2 + const
+    J = E[ r(x_0, c) - beta sum_t KL_t(x_t) ],     KL_t = |mu_theta - mu_ref|^2 / 2 sigma_t^2      (S0 27, 28)
 
-    score    grad E[ A_t log pi(x_{t-1} | x_t) ]                                    one step on fresh chains (S0 24)
-    is       grad E[ min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) ],  r_t = pi / pi_old        several, on the same (S0 26)
+    score    grad E[ A_t log pi(x_{t-1} | x_t) ]                              one step on fresh chains (S0 24)
+    is       grad E[ min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) ]      several, r_t = pi / pi_old (S0 26)
 
     --kl none       A_t = r - mean
-    --kl loss       the same, and beta KL_t added to the loss: S0 (29). It is not the gradient of J: what step t does to the
-                    KL of the steps after it is left out
+    --kl loss       the same, and beta KL_t added to the loss: S0 (29). It is not J's gradient: what step t
+                    does to the KL of the steps after it is left out
     --kl return     the right gradient: as `loss`, and A_t = r - beta sum_{s < t} KL_s - mean
-    --kl log-ratio  A_t = r - beta log(pi / pi_ref)(x_{t-1} | x_t) - mean: S0 (30), which has the expectation of (29)
+    --kl log-ratio  A_t = r - beta log(pi / pi_ref)(x_{t-1} | x_t) - mean: S0 (30), on average as (29)
 
-The best chain's x_0 follows the tilt p_ref(x_0) exp(r / beta) / Z where x_T tells nothing of x_0, which --eta 1 ensures
-(Domingo-Enrich et al. 2024, arXiv:2409.08861). On the tasks `line` and `ring` all of it is computed, not sampled.
+The best chain's x_0 follows the tilt p_ref(x_0) exp(r / beta) / Z where x_T tells nothing of x_0, which --eta
+1 ensures (Domingo-Enrich et al. 2024, arXiv:2409.08861). On the tasks `line` and `ring` all of it is
+computed, not sampled.
 
-    python zoo/ddpo.py                          two mixtures on a line: within 0.04 of the best J after half a minute
-    python zoo/ddpo.py --kl loss                the same with (29): ends five times as far from the tilt
+    python zoo/ddpo.py                          two mixtures on a line: within 0.04 of the best J in 30 s
+    python zoo/ddpo.py --kl loss                the same with (29): ends ten times as far from the tilt
     python zoo/ddpo.py --env ring --kl none     all mass ends on one of two equal modes
     python zoo/ddpo.py --env digits             8 x 8 digits, wanted: threes (needs the extra `digits`)
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
-from zoo.common.cli import RunArgs, check_args, main, require
+from zoo.common.args import RunArgs, check_args, require
+from zoo.common.cli import main
 from zoo.common.device import compile_function, flatten, setup
 from zoo.common.diffusion import Schedule, cosine_schedule
 from zoo.common.optim import adam, clip_grad, new_adam
@@ -45,14 +49,14 @@ from zoo.common.targets import Target, make_evaluation, make_target
 
 @dataclass
 class Args(RunArgs):
+    kept: ClassVar = (*RunArgs.kept, "hidden", "steps", "predict")
+
     env: str = "line"  # the task: line or ring (exact), digits
     total_steps: int = 153_600  # chains of the whole run
     eval_every: int = 15_360  # chains between evaluations; 0: at the end only
     method: Literal["score", "is"] = "score"  # one step on fresh chains, or several, importance sampled
     kl: Literal["none", "loss", "return", "log-ratio"] = "return"  # where the KL to the reference stands
-    beta: float = (
-        0.5  # weight of the path's KL; with --kl none only of the tilt that the samples are compared to
-    )
+    beta: float = 0.5  # weight of the path's KL; with --kl none only the tilt's that samples are compared to
     num_chains: int = 512  # chains between updates
     num_epochs: int = 1  # passes over a batch of chains, with --method is
     minibatch_size: int = (
@@ -60,7 +64,7 @@ class Args(RunArgs):
     )
     clip: float | None = None  # eps of the clipped ratio, with --method is; None: unclipped
     reduce: Literal["sum", "mean"] = (
-        "sum"  # over dimensions, of squared distances; mean makes the ratio's d-th root of it
+        "sum"  # over dimensions, of squares; the mean takes the ratio's d-th root
     )
     learning_rate: float = 2e-3  # Adam's
     anneal: bool = True  # let the learning rate fall linearly to 0 over the run
@@ -78,11 +82,14 @@ class Args(RunArgs):
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
 SETTINGS: dict[str, dict] = {
     "ring": dict(beta=0.2),
-    "digits": dict(beta=0.8, hidden=(256, 256, 256), learning_rate=5e-4, pretrain_rate=1e-3, pretrain_steps=6000),
+    "digits": dict(
+        beta=0.8, predict="v", steps=10, min_sigma=0.1, hidden=(256, 256), num_chains=1024, learning_rate=5e-4,
+        pretrain_rate=2e-3, pretrain_steps=3000,
+    ),
 }  # fmt: skip
 
 
-# --- the denoiser ---------------------------------------------------------------------------------------------------------
+# --- the denoiser -------------------------------------------------------------------------------------------
 
 
 class Denoiser(nn.Module):
@@ -104,7 +111,9 @@ class Denoiser(nn.Module):
 
 
 def split(output: Tensor, x: Tensor, signal: Tensor, noise: Tensor, predict: str) -> tuple[Tensor, Tensor]:
-    """x_0 and eps (B, d) with x = signal x_0 + noise eps, from a network's output (B, d); signal, noise (B, 1)."""
+    """x_0 and eps (B, d) with x = signal x_0 + noise eps, from a network's output (B, d); signal, noise (B,
+    1).
+    """
     if predict == "v":  # the rectified flow's velocity, eps - x_0
         x0 = (x - noise * output) / (signal + noise)
         return x0, x0 + output
@@ -128,7 +137,7 @@ def make_mean(net: nn.Module, unflatten: Callable, schedule: Schedule, predict: 
     return mean
 
 
-# --- chains ---------------------------------------------------------------------------------------------------------------
+# --- chains -------------------------------------------------------------------------------------------------
 
 
 def squared(difference: Tensor, reduce: str) -> Tensor:
@@ -139,9 +148,8 @@ def squared(difference: Tensor, reduce: str) -> Tensor:
 def step_log_prob(x_next: Tensor, mean: Tensor, sigma: Tensor, reduce: str = "sum") -> Tensor:
     """log pi(x_{t-1} | x_t) (B,), S0 (19), or with `mean` a d-th of it; x_next, mean (B, d), sigma (B,)."""
     size = mean.shape[-1] if reduce == "sum" else 1
-    return -squared(x_next - mean, reduce) / (2 * sigma**2) - size * (
-        sigma.log() + 0.9189385332046727
-    )  # log(2 pi) / 2
+    log_root = sigma.log() + 0.9189385332046727  # of 2 pi sigma^2
+    return -squared(x_next - mean, reduce) / (2 * sigma**2) - size * log_root
 
 
 def step_kl(mean: Tensor, ref_mean: Tensor, sigma: Tensor, reduce: str = "sum") -> Tensor:
@@ -152,7 +160,9 @@ def step_kl(mean: Tensor, ref_mean: Tensor, sigma: Tensor, reduce: str = "sum") 
 def sample_chain(
     step: Callable[..., Tensor], params: Tensor, noise: Tensor, context: Tensor, sigma: Tensor
 ) -> tuple:
-    """States x_0 .. x_T (T + 1, B, d) and means of the steps 1 .. T (T, B, d); noise (T + 1, B, d), its last row x_T."""
+    """States x_0 .. x_T (T + 1, B, d) and means of the steps 1 .. T (T, B, d); noise (T + 1, B, d), its last
+    row x_T.
+    """
     states, means = [noise[-1]], []
     for t in range(len(noise) - 1, 0, -1):
         means.insert(0, step(params, states[0], torch.full_like(context, t), context))
@@ -160,14 +170,15 @@ def sample_chain(
     return torch.stack(states), torch.stack(means)
 
 
-# --- losses ---------------------------------------------------------------------------------------------------------------
+# --- losses -------------------------------------------------------------------------------------------------
 
 
 def pretrain_loss(
     params: Tensor, x0: Tensor, context: Tensor, t: Tensor, eps: Tensor, net: nn.Module, unflatten: Callable,
     schedule: Schedule, predict: str,
 ) -> Tensor:  # fmt: skip
-    """The mean squared error (Ho et al. 2020, arXiv:2006.11239, eq. 14) of what the network says of noised data.
+    """The mean squared error (Ho et al. 2020, arXiv:2006.11239, eq. 14) of what the network says of noised
+    data.
 
     It is S0 (25) but for the weights of the steps. x0, eps (B, d), context, t (B,).
     """
@@ -179,7 +190,7 @@ def pretrain_loss(
 
 
 class Denoising(NamedTuple):
-    """Denoising steps of chains, with what the sampling policy and the reference said of them, (B, ...) each."""
+    """Denoising steps of chains, and what the sampling policy and the reference said of them; (B, ...)."""
 
     x: Tensor
     x_next: Tensor
@@ -193,7 +204,8 @@ class Denoising(NamedTuple):
 def chain_advantages(
     reward: Tensor, kl: Tensor, log_ratio: Tensor, context: Tensor, place: str, beta: float
 ) -> Tensor:
-    """A_t (T, B) of the module's docstring; reward, context (B,), kl and log_ratio of the steps 1 .. T (T, B).
+    """A_t (T, B) of the module's docstring; reward, context (B,), kl and log_ratio of the steps 1 .. T (T,
+    B).
 
     The mean taken off is that over the other chains of the same context at the same step, at least one.
     """
@@ -207,10 +219,14 @@ def chain_advantages(
     members = nn.functional.one_hot(context).to(return_.dtype)
     size = members.sum(0)
     centred = return_ - (return_ @ members / size) @ members.T
-    return centred * (size / (size - 1))[context]  # as if each chain's own return had not been in its baseline
+    return (
+        centred * (size / (size - 1))[context]
+    )  # as if each chain's own return had not been in its baseline
 
 
-def ddpo_loss(params: Tensor, batch: Denoising, mean: Callable, sigma: Tensor, args: Args) -> tuple[Tensor, dict]:
+def ddpo_loss(
+    params: Tensor, batch: Denoising, mean: Callable, sigma: Tensor, args: Args
+) -> tuple[Tensor, dict]:
     """The loss of a batch of denoising steps and what to log of it; a mean over steps, where J has a sum."""
     mu, std = mean(params, batch.x, batch.t, batch.context), sigma[batch.t]
     log_ratio = step_log_prob(batch.x_next, mu, std, args.reduce) - batch.log_prob
@@ -230,7 +246,7 @@ def ddpo_loss(params: Tensor, batch: Denoising, mean: Callable, sigma: Tensor, a
     return loss, metrics
 
 
-# --- updates --------------------------------------------------------------------------------------------------------------
+# --- updates ------------------------------------------------------------------------------------------------
 
 
 class State(NamedTuple):
@@ -264,8 +280,12 @@ def pretrain(
     return params
 
 
-def collect_chains(sample: Callable, mean: Callable, target: Target, schedule: Schedule, state: State, args: Args):
-    """New chains as Denoising (T, N, ...) and what to log of them; mean(params, x, t, context), sample as `sample_chain`."""
+def collect_chains(
+    sample: Callable, mean: Callable, target: Target, schedule: Schedule, state: State, args: Args
+):
+    """New chains as Denoising (T, N, ...) and what to log of them; mean(params, x, t, context), sample as
+    `sample_chain`.
+    """
     device, sigma = state.params.device, schedule.sigma
     context = torch.arange(args.num_chains, device=device) % target.contexts
     noise = torch.empty(schedule.steps + 1, args.num_chains, target.dim, device=device)
@@ -311,7 +331,8 @@ def check(args: Args) -> None:
     rows = args.num_chains * args.steps
     require(
         args.method == "score" or rows % args.minibatch_size == 0,
-        f"--minibatch-size {args.minibatch_size} does not divide the {rows} steps of a batch (--num-chains x --steps)",
+        f"--minibatch-size {args.minibatch_size} does not divide the {rows} steps of a batch "
+        "(--num-chains x --steps)",
     )
     require(
         args.total_steps >= args.num_chains,
@@ -326,7 +347,7 @@ def train(args: Args) -> float:
     target = make_target(args.env)
     require(
         args.num_chains >= 2 * target.contexts,
-        f"--num-chains {args.num_chains}: a mean over the chains of a context needs {2 * target.contexts} of them",
+        f"--num-chains {args.num_chains}: a mean over a context's chains needs {2 * target.contexts} of them",
     )
     schedule = cosine_schedule(args.steps, args.eta, args.min_sigma, device=device)
     torch.manual_seed(generator_seed(args.seed, "network"))
@@ -341,7 +362,9 @@ def train(args: Args) -> float:
         return sample_chain(mean, params, noise, context, sigma)
 
     def update(params, opt, batch, learning_rate):
-        """The gradient step, a pure function: parameters, optimiser and batch in, the new ones and metrics out."""
+        """The gradient step, a pure function: parameters, optimiser and batch in, the new ones and metrics
+        out.
+        """
         grad, (_, metrics) = grad_and_value(ddpo_loss, has_aux=True)(
             params, batch, mean, schedule.sigma, args
         )

@@ -1,7 +1,8 @@
 """A denoising chain as an MDP and its KL to a reference: items 47-53 and 56.
 
-The chain is linear: x_3 ~ N(0, 1), mu_t(x) = slope_t x + shift_t. Its moments, objective and gradient have closed forms, and
-the agents' estimates are polynomials in the chain's normal noises, so that quadrature gives their expectations exactly.
+The chain is linear: x_3 ~ N(0, 1), mu_t(x) = slope_t x + shift_t. Its moments, objective and gradient have
+closed forms, and the agents' estimates are polynomials in the chain's normal noises, so that quadrature gives
+their expectations exactly.
 """
 
 import pytest
@@ -57,7 +58,9 @@ def expected_reward(theta):
 
 
 def expected_kl(theta, states=None):
-    """sum_t E[KL_t(x_t)], S0 (28); the states' distribution is that of the parameters `states`, of theta if not given."""
+    """sum_t E[KL_t(x_t)], S0 (28); the states' distribution is that of the parameters `states`, of theta if
+    not given.
+    """
     mean, variance = moments(theta if states is None else states)
     slope, shift = (theta - REF)[:STEPS], (theta - REF)[STEPS:]
     steps = [
@@ -80,7 +83,7 @@ def chains(theta):
 
 
 def batch_of(theta, place, reduce="sum"):
-    """Every step of every chain of theta, as the agent lays them out, (T * N, ...) each; and their weights."""
+    """Every step of every chain of theta, as the agent lays them out, (T * N, ...) each; their weights."""
     states, means, context = chains(theta)
     t = torch.arange(1, STEPS + 1)[:, None].expand(-1, COUNT)
     ref_means = torch.stack([linear(REF, states[i], t[i - 1], context) for i in range(1, STEPS + 1)])
@@ -94,7 +97,9 @@ def batch_of(theta, place, reduce="sum"):
 
 
 def mean_step(theta, place, method="score", clip=None, sampler=None):
-    """The agent's expected ascent direction (6,), a sum over the steps; chains of `sampler`, of theta if not given."""
+    """The agent's expected ascent direction (6,), a sum over the steps; chains of `sampler`, of theta if not
+    given.
+    """
     args = Args(method=method, kl=place, beta=BETA, clip=clip)
     batch, weight = batch_of(theta if sampler is None else sampler, place)
 
@@ -104,7 +109,7 @@ def mean_step(theta, place, method="score", clip=None, sampler=None):
     return -weight @ vmap(grad(loss), in_dims=(None, *[0] * len(batch)))(theta, *batch)
 
 
-# --- 47, 48: a step and pretraining ----------------------------------------------------------------------------------
+# --- 47, 48: a step and pretraining -------------------------------------------------------------------------
 
 
 def test_47_a_step_and_its_log_probability():
@@ -142,7 +147,9 @@ def test_48_the_mean_of_a_perfect_denoiser_is_the_posteriors():
         x0, eps = torch.randn(2, 5, 3, generator=g, dtype=F64)
         x = schedule.signal[t] * x0 + schedule.noise[t] * eps
         mean, std = posterior(x0, x, t, schedule)
-        close(step_mean(eps, x, torch.full((5,), t), schedule, "eps"), mean, rtol=1e-5, atol=1e-6)  # float32 schedule
+        close(
+            step_mean(eps, x, torch.full((5,), t), schedule, "eps"), mean, rtol=1e-5, atol=1e-6
+        )  # float32 schedule
         close(schedule.sigma[t], std, rtol=1e-5)
 
 
@@ -153,7 +160,9 @@ def test_48_the_log_probability_of_data_is_the_pretraining_loss():
     target = torch.tensor([0.2, -0.3], dtype=F64)
 
     def loss(mean):
-        return -weight @ step_log_prob(target + sigma * nodes, mean.expand(len(nodes), 2), sigma.expand(len(nodes)))
+        return -weight @ step_log_prob(
+            target + sigma * nodes, mean.expand(len(nodes), 2), sigma.expand(len(nodes))
+        )
 
     def printed(mean):
         return ((target - mean) ** 2).sum() / (2 * sigma**2)
@@ -164,7 +173,9 @@ def test_48_the_log_probability_of_data_is_the_pretraining_loss():
 
 
 def test_48_it_is_a_weighted_error_of_eps():
-    """|mu~ - mu|^2 / 2 sigma^2 = w_t |eps - eps_theta|^2: the usual loss is (25) but for the weights of the steps."""
+    """|mu~ - mu|^2 / 2 sigma^2 = w_t |eps - eps_theta|^2: the usual loss is (25) but for the weights of the
+    steps.
+    """
     schedule, g = double_schedule(), torch.Generator().manual_seed(0)
     weights = []
     for t in range(2, 9):
@@ -177,7 +188,7 @@ def test_48_it_is_a_weighted_error_of_eps():
     assert max(weights) > 3 * min(weights)
 
 
-# --- 49, 50: policy gradients ----------------------------------------------------------------------------------------
+# --- 49, 50: policy gradients -------------------------------------------------------------------------------
 
 
 def test_49_the_score_function_is_the_gradient():
@@ -205,7 +216,7 @@ def test_50_away_from_the_old_policy_one_ratio_a_step_is_biased():
     errors = []
     for distance in (0.01, 0.1):
         theta = THETA + distance * torch.tensor([1.0, -1, 1, 1, 1, -1], dtype=F64)
-        batch, weight = batch_of(THETA, "none")
+        batch, _ = batch_of(THETA, "none")
         mean = linear(theta, batch.x, batch.t, None)
         log_ratio = (step_log_prob(batch.x_next, mean, SIGMA[batch.t]) - batch.log_prob).view(STEPS, COUNT)
         before = log_ratio.flip(0).cumsum(0).flip(0) - log_ratio  # of the steps T .. t + 1
@@ -215,11 +226,13 @@ def test_50_away_from_the_old_policy_one_ratio_a_step_is_biased():
     assert 0.001 < errors[0] < 0.05 and errors[1] > 5 * errors[0]
 
 
-# --- 51: what the network says, and how squares are reduced ----------------------------------------------------------
+# --- 51: what the network says, and how squares are reduced -------------------------------------------------
 
 
 def test_51_eps_v_and_score_are_one_denoiser():
-    """S0 4.5: mu is the same whichever the network says: eps, the rectified flow's v = eps - x_0, or the score."""
+    """S0 4.5: mu is the same whichever the network says: eps, the rectified flow's v = eps - x_0, or the
+    score.
+    """
     schedule, g = double_schedule(), torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, 7, 3, generator=g, dtype=F64)
     t = torch.arange(2, 9)
@@ -230,12 +243,17 @@ def test_51_eps_v_and_score_are_one_denoiser():
         for found, expected in zip(split(output, x, signal, noise, predict), (x0, eps), strict=True):
             close(found, expected, rtol=1e-5, atol=1e-6)
         close(
-            step_mean(output, x, t, schedule, predict), step_mean(eps, x, t, schedule, "eps"), rtol=1e-5, atol=1e-6
+            step_mean(output, x, t, schedule, predict),
+            step_mean(eps, x, t, schedule, "eps"),
+            rtol=1e-5,
+            atol=1e-6,
         )
 
 
 def many_dimensions(reduce, method, clip=None, dim=8):
-    """A loss's gradient by mu (6, dim), where the policy has moved from 0; half of the advantages are negative."""
+    """A loss's gradient by mu (6, dim), where the policy has moved from 0; half of the advantages are
+    negative.
+    """
     g = torch.Generator().manual_seed(1)
     x, sigma = torch.randn(6, dim, generator=g, dtype=F64), torch.ones(6, dtype=F64)
     old, mean = torch.zeros(6, dim, dtype=F64), 0.15 * torch.randn(6, dim, generator=g, dtype=F64)
@@ -255,8 +273,13 @@ def test_51_a_mean_over_dimensions_only_scales_the_score_function():
 
 
 def test_51_but_it_takes_the_ratios_root_and_so_moves_the_clip():
-    """E18: with the mean the ratio becomes its d-th root: where the sum clips, the mean does not, and directions part."""
-    (total, clipped), (mean, unclipped) = many_dimensions("sum", "is", 0.1), many_dimensions("mean", "is", 0.1)
+    """E18: with the mean the ratio becomes its d-th root: where the sum clips, the mean does not, and
+    directions part.
+    """
+    (total, clipped), (mean, unclipped) = (
+        many_dimensions("sum", "is", 0.1),
+        many_dimensions("mean", "is", 0.1),
+    )
     assert clipped["clipfrac"] > 0.6 and unclipped["clipfrac"] < 0.2
     assert cosine(total, mean) < 0.95
     g = torch.Generator().manual_seed(2)
@@ -269,7 +292,7 @@ def test_51_but_it_takes_the_ratios_root_and_so_moves_the_clip():
     close(ratios[1], ratios[0] ** (1 / 4))
 
 
-# --- 52, 53: the KL --------------------------------------------------------------------------------------------------
+# --- 52, 53: the KL -----------------------------------------------------------------------------------------
 
 
 def test_52_the_kl_of_chains_is_the_sum_over_steps():
@@ -283,7 +306,9 @@ def test_52_the_kl_of_chains_is_the_sum_over_steps():
 
 
 def test_52_29_is_not_the_gradient_of_27():
-    """E22: (29) differentiates each step's KL as if the x_t it is taken at did not depend on the steps before."""
+    """E22: (29) differentiates each step's KL as if the x_t it is taken at did not depend on the steps
+    before.
+    """
     found = mean_step(THETA, "loss")
     close(found, grad(expected_reward)(THETA) - BETA * grad(expected_kl)(THETA, THETA))  # states held fixed
     assert error(found, grad(objective)(THETA)) > 0.09  # where the KL is a small part of it
@@ -322,12 +347,14 @@ def test_52_where_they_lead(place, lost):
 
 
 def test_53_the_reward_called_wrong_has_the_same_expectation():
-    """S0 (30): r - beta log pi / pi_ref as each step's reward has, in expectation, exactly (29)'s gradient."""
+    """S0 (30): r - beta log pi / pi_ref as each step's reward has, on average, exactly (29)'s gradient."""
     close(mean_step(THETA, "log-ratio"), mean_step(THETA, "loss"))
 
 
 def test_53_one_sample_refutes_no_expectation():
-    """S0 (32): a sample between mu and mu_ref pushes away from mu_ref, and the mean over samples pulls towards it."""
+    """S0 (32): a sample between mu and mu_ref pushes away from mu_ref, and the mean over samples pulls
+    towards it.
+    """
     mean, ref, sigma, beta = (torch.tensor(x, dtype=F64) for x in (0.0, 2.0, 1.5, 0.7))
     nodes, weight = normal_nodes(1, 8)
 
@@ -349,16 +376,20 @@ def test_53_32_lacks_a_factor_2():
     close(weight @ printed, -beta * (mean - ref) / sigma**2 / 2)
 
 
-# --- 56: the KL in place of a pretraining loss -----------------------------------------------------------------------
+# --- 56: the KL in place of a pretraining loss --------------------------------------------------------------
 
 
 def test_56_a_kl_and_a_pretraining_loss_have_different_optima():
-    """S0 1: both hold the model near the reference, each best in its own direction of the KL, at equal reward."""
+    """S0 1: both hold the model near the reference, each best in its own direction of the KL, at equal
+    reward.
+    """
     ref = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=F64)
     paid = torch.tensor([0.0, 0.5, 1.0, 2.0], dtype=F64)
 
     def reached(penalty, target=1.2):
-        """The best policy under reward - weight * penalty, with the weight that leaves it the target's reward."""
+        """The best policy under reward - weight * penalty, with the weight that leaves it the target's
+        reward.
+        """
         low, high = 1e-3, 1e3
         for _ in range(60):
             weight = (low * high) ** 0.5

@@ -1,4 +1,6 @@
-"""The 8 x 8 digits of scikit-learn as a target: a classifier's word is the reward, and another one judges the samples."""
+"""The 8 x 8 digits of scikit-learn as a target: a classifier's word is the reward, and another one judges the
+samples.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -35,8 +37,8 @@ class Digits(NamedTuple):
     def judge(self, pictures: Tensor) -> dict[str, float]:
         """What the held-out half says of pictures (B, 64).
 
-        share: those of the wanted digit by their five nearest neighbours. distance: the mean distance to the nearest
-        one, of the digits themselves to each other 1.9.
+        share: those of the wanted digit by their five nearest neighbours. distance: the mean distance to the
+        nearest one, of the digits themselves to each other 1.9.
         """
         nearest = torch.cdist(pictures, self.judge_data).topk(5, largest=False)
         label = self.judge_label[nearest.indices].mode(-1).values

@@ -1,8 +1,10 @@
-"""Targets of which everything is known, and the exact quantities of a denoising chain on them, on a grid, without sampling.
+"""Targets of which everything is known, and the exact quantities of a denoising chain on them, on a grid,
+without sampling.
 
-A chain x_T ~ N(0, I), x_{t-1} ~ N(mu_t(x_t), sigma_t^2 I) in one or two dimensions is a Markov chain whose kernels factorise
-over dimensions, so that its marginals, its KL to a reference chain and the best chain under a KL penalty are sums over a grid.
-A Gaussian's sum over points as far apart as its standard deviation is right to nine digits.
+A chain x_T ~ N(0, I), x_{t-1} ~ N(mu_t(x_t), sigma_t^2 I) in one or two dimensions is a Markov chain whose
+kernels factorise over dimensions, so that its marginals, its KL to a reference chain and the best chain under
+a KL penalty are sums over a grid. A Gaussian's sum over points as far apart as its standard deviation is
+right to nine digits.
 """
 
 import math
@@ -47,7 +49,9 @@ class Mixture(NamedTuple):
 
 
 def line() -> Mixture:
-    """Two contexts on a line, of three modes and of two (the third has no weight); the reward is x, within [-3, 3]."""
+    """Two contexts on a line, of three modes and of two (the third has no weight); the reward is x, within
+    [-3, 3].
+    """
     weight = torch.tensor([[0.5, 0.3, 0.2], [0.7, 0.3, 0.0]])
     mean = torch.tensor([[-1.5, 0.0, 1.5], [-1.0, 1.0, 0.0]]).unsqueeze(-1)
     return Mixture(weight, mean, 0.3, lambda x: x[..., 0].clamp(-3.0, 3.0), 6.0)
@@ -65,7 +69,7 @@ def ring() -> Mixture:
     return Mixture(torch.full((1, 8), 1 / 8), mean, 0.15, reward, 3.0)
 
 
-# --- chains on a grid -----------------------------------------------------------------------------------------------------
+# --- chains on a grid ---------------------------------------------------------------------------------------
 
 
 class Grid(NamedTuple):
@@ -121,7 +125,9 @@ def start(grid: Grid) -> Tensor:
 
 
 def marginals(grid: Grid, means: Tensor, sigma: Tensor) -> Tensor:
-    """The distributions (T + 1, C, N) of x_0 .. x_T; means (T, C, N, d) of the steps 1 .. T at every point, sigma (T + 1,)."""
+    """The distributions (T + 1, C, N) of x_0 .. x_T; means (T, C, N, d) of the steps 1 .. T at every point,
+    sigma (T + 1,).
+    """
     chances = [start(grid).expand(means.shape[1], -1)]
     for t in range(len(means), 0, -1):
         rows = [
@@ -142,7 +148,8 @@ def path_kl(chance: Tensor, means: Tensor, ref_means: Tensor, sigma: Tensor) -> 
 
 
 def soft_values(grid: Grid, ref_means: Tensor, sigma: Tensor, reward: Tensor, beta: float) -> Tensor:
-    """V_t (T + 1, C, N) of the best chain under E[r] - beta path KL: V_0 = r, V_t = beta log E_ref[exp(V_{t-1} / beta)].
+    """V_t (T + 1, C, N) of the best chain under E[r] - beta path KL: V_0 = r, V_t = beta log
+    E_ref[exp(V_{t-1} / beta)].
 
     reward (N,) or (C, N). The best objective is E[V_T(x_T)].
     """
@@ -159,7 +166,9 @@ def soft_values(grid: Grid, ref_means: Tensor, sigma: Tensor, reward: Tensor, be
 
 
 def best_marginal(grid: Grid, ref_means: Tensor, sigma: Tensor, values: Tensor, beta: float) -> Tensor:
-    """The distribution (C, N) of x_0 under the best chain, whose kernels are p_ref exp((V_{t-1} - V_t) / beta)."""
+    """The distribution (C, N) of x_0 under the best chain, whose kernels are p_ref exp((V_{t-1} - V_t) /
+    beta).
+    """
     result = []
     for context in range(ref_means.shape[1]):
         value, chance = values[:, context], start(grid)
@@ -193,8 +202,8 @@ def make_truth(grid: Grid, ref_means: Tensor, sigma: Tensor, reward: Tensor, bet
 def compare(grid: Grid, truth: Truth, means: Tensor, sigma: Tensor, beta: float) -> dict[str, float]:
     """A chain's exact quantities, means over contexts, beside the best ones; means (T, C, N, d).
 
-    objective J = reward - beta path_kl, gap = J* - J, kl_tilt = KL(x_0 to the tilt), tv its total variation, and on a line
-    w1, the Wasserstein distance of x_0 to the tilt.
+    objective J = reward - beta path_kl, gap = J* - J, kl_tilt = KL(x_0 to the tilt), tv its total variation,
+    and on a line w1, the Wasserstein distance of x_0 to the tilt.
     """
     chance = marginals(grid, means, sigma)
     kl = path_kl(chance, means, truth.ref_means, sigma)
