@@ -1,21 +1,23 @@
 """Run agents on tasks over seeds, several at a time, and keep their learning curves in results/.
 
-    python scripts/benchmark.py --agent ppo --env HalfCheetah-v4 Hopper-v4 --seeds 1-10
-    python scripts/benchmark.py --agent ppo --env HalfCheetah-v4 --seeds 1-3 --total-steps 200000 --args "--num-envs 16"
+    python scripts/benchmark.py --agent ppo --env HalfCheetah-v4 Hopper-v4 --seeds 1-10 python
+    scripts/benchmark.py --agent ppo --env HalfCheetah-v4 --seeds 1-3 --total-steps 200000 --args "--num-envs
+    16"
     python scripts/benchmark.py --suite ppo           a list kept in this file
     python scripts/benchmark.py --report              the table of what is in results/, without running anything
 
-Every run is a process of its own on one core. It may all be killed at any moment: the same command goes on where it stopped,
-skipping what is recorded and resuming what has a checkpoint. Ctrl-C lets every run write its checkpoint first.
+Every run is a process of its own on one core. It may all be killed at any moment: the same command goes on
+where it stopped, skipping what is recorded and resuming what has a checkpoint. Ctrl-C lets every run write
+its checkpoint first.
 
     RUNS/AGENT/TASK/seed_N/          the run's folder; RUNS/AGENT/TASK/seed_N.log what it printed
     RESULTS/AGENT/TASK/seed_N.csv    its progress.csv, thinned
     RESULTS/AGENT/TASK/meta.json     final evaluations, arguments, versions, commit, machine, the commands to reproduce
 
-In meta.json what all seeds share stands once at the top, and what differs (a commit, say) with each seed. Seeds run under
-different algorithm arguments never share a folder. To run seeds again under the same arguments (because the code changed),
-delete their files in RESULTS and in RUNS first.
-Exit status: 0, 1 when a run failed, 2 for bad input, 130 (143, 129) after Ctrl-C (SIGTERM, SIGHUP).
+In meta.json what all seeds share stands once at the top, and what differs (a commit, say) with each seed.
+Seeds run under different algorithm arguments never share a folder. To run seeds again under the same
+arguments (because the code changed), delete their files in RESULTS and in RUNS first. Exit status: 0, 1 when
+a run failed, 2 for bad input, 130 (143, 129) after Ctrl-C (SIGTERM, SIGHUP).
 """
 
 import contextlib
@@ -97,7 +99,12 @@ SUITES: dict[str, list[Entry]] = {
     ],
 }
 
-ONE_CORE = ["--threads", "1", "--env-threads", "1"]  # runs share the machine: more threads would only slow each other down
+ONE_CORE = [
+    "--threads",
+    "1",
+    "--env-threads",
+    "1",
+]  # runs share the machine: more threads would only slow each other down
 MAX_ROWS = 200  # of a thinned curve
 POLL = 0.2  # seconds between looks at the running processes
 # Arguments that change where and how fast a run is made, not what it computes.
@@ -105,7 +112,14 @@ BOOKKEEPING = {
     "seed", "run_dir", "resume", "device", "compile", "threads", "env_threads", "checkpoint_every", "track", "track_project",
     "progress",
 }  # fmt: skip
-SHARED = ("args", "versions", "commit", "machine", "engine", "jobs")  # at the top of meta.json when all seeds agree
+SHARED = (
+    "args",
+    "versions",
+    "commit",
+    "machine",
+    "engine",
+    "jobs",
+)  # at the top of meta.json when all seeds agree
 
 
 @dataclass
@@ -136,7 +150,7 @@ class Args:
     """print the table of what is in --results and run nothing"""
 
 
-# --- what to run ----------------------------------------------------------------------------------------------------------
+# --- what to run --------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -181,7 +195,10 @@ def parse_seeds(text: str) -> list[int]:
 def entries(args: Args) -> list[Entry]:
     """The declared or the given list. Raises UsageError."""
     if args.suite:
-        require(not (args.agent or args.env), "--suite brings its own agents and tasks: leave --agent and --env out")
+        require(
+            not (args.agent or args.env),
+            "--suite brings its own agents and tasks: leave --agent and --env out",
+        )
         for name in args.suite:
             require(name in SUITES, f"--suite {name}: no such suite; there are {', '.join(SUITES)}")
         return [entry for name in args.suite for entry in SUITES[name]]
@@ -193,7 +210,10 @@ def entries(args: Args) -> list[Entry]:
 def load_agent(script: Path) -> ModuleType:
     """The agent's file as a module, for its Args and SETTINGS. Raises UsageError."""
     there = sorted(path.stem for path in script.parent.glob("*.py") if not path.stem.startswith("_"))
-    require(script.is_file(), f"--agent {script.stem}: no such file in {script.parent.name}/; there are {', '.join(there)}")
+    require(
+        script.is_file(),
+        f"--agent {script.stem}: no such file in {script.parent.name}/; there are {', '.join(there)}",
+    )
     spec = importlib.util.spec_from_file_location(f"benchmarked_{script.stem}", script)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -238,7 +258,19 @@ def plan(args: Args) -> list[Job]:
         for seed in entry.seeds:
             job_expected = expected | {"seed": seed}
             folder = args.runs / task / f"seed_{seed}"
-            jobs.append(Job(entry.agent, entry.env, seed, script, extra, job_expected, defaults, folder, args.results / task))
+            jobs.append(
+                Job(
+                    entry.agent,
+                    entry.env,
+                    seed,
+                    script,
+                    extra,
+                    job_expected,
+                    defaults,
+                    folder,
+                    args.results / task,
+                )
+            )
     return jobs
 
 
@@ -252,14 +284,17 @@ def differences(found: dict[str, Any], job: Job) -> str:
         found = job.defaults | found
     names = sorted((found.keys() | expected.keys()) - BOOKKEEPING)
     differing = [name for name in names if found.get(name, "absent") != expected.get(name, "absent")]
-    return ", ".join(f"{name} {found.get(name, 'absent')} there, {expected.get(name, 'absent')} here" for name in differing)
+    return ", ".join(
+        f"{name} {found.get(name, 'absent')} there, {expected.get(name, 'absent')} here" for name in differing
+    )
 
 
-# --- results/AGENT/TASK ---------------------------------------------------------------------------------------------------
+# --- results/AGENT/TASK -------------------------------------------------------------------------------------
 
 
 def read_seeds(folder: Path) -> dict[int, dict[str, Any]]:
-    """meta.json's entries by seed, each whole again (see `write_meta`); {} where there is none. Raises UsageError."""
+    """meta.json's entries by seed, each whole again (see `write_meta`); {} where there is none. Raises
+    UsageError."""
     path = folder / "meta.json"
     if not path.exists():
         return {}
@@ -276,7 +311,8 @@ def read_seeds(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def write_meta(folder: Path, agent: str, env: str, seeds: dict[int, dict[str, Any]]) -> None:
-    """Write meta.json atomically: statistics over seeds, and what all seeds share moved to the top. Raises OSError."""
+    """Write meta.json atomically: statistics over seeds, and what all seeds share moved to the top. Raises
+    OSError."""
     seeds = {seed: dict(seeds[seed]) for seed in sorted(seeds)}
     means = [entry["mean"] for entry in seeds.values()]
     meta: dict[str, Any] = {
@@ -293,11 +329,14 @@ def write_meta(folder: Path, agent: str, env: str, seeds: dict[int, dict[str, An
             for entry in seeds.values():
                 del entry[key]
     meta["seeds"] = {str(seed): entry for seed, entry in seeds.items()}
-    write_atomically(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=2).encode() + b"\n"))
+    write_atomically(
+        folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=2).encode() + b"\n")
+    )
 
 
 def thin(rows: list[dict[str, str]], limit: int = MAX_ROWS) -> list[dict[str, str]]:
-    """At most `limit` rows in their order: the first, the last, all with an evaluation, and of the rest an even choice.
+    """At most `limit` rows in their order: the first, the last, all with an evaluation, and of the rest an
+    even choice.
 
     Evaluations are never dropped, not even where they alone are more than `limit`.
     """
@@ -322,7 +361,8 @@ def run_args(folder: Path) -> dict[str, Any]:
 
 
 def record(job: Job, side_by_side: int) -> dict[str, Any]:
-    """Take a finished run into the results: the curve first, then meta.json, which makes it count. The seed's entry.
+    """Take a finished run into the results: the curve first, then meta.json, which makes it count. The seed's
+    entry.
 
     Raises RunFault when the run's files are not those of a finished run or the results cannot be written.
     """
@@ -340,23 +380,41 @@ def record(job: Job, side_by_side: int) -> dict[str, Any]:
             "sps": float(last["sps"]),
             "resumed_at_step": made["resumed_at_step"],
             "command": shlex.join(
-                ["python", f"{job.script.parent.name}/{job.script.name}", "--env", job.env, "--seed", str(job.seed), *job.extra]
+                [
+                    "python",
+                    f"{job.script.parent.name}/{job.script.name}",
+                    "--env",
+                    job.env,
+                    "--seed",
+                    str(job.seed),
+                    *job.extra,
+                ]
             ),
-            "args": {name: value for name, value in made["args"].items() if name not in ("run_dir", "resume", "seed")},
+            "args": {
+                name: value
+                for name, value in made["args"].items()
+                if name not in ("run_dir", "resume", "seed")
+            },
             **{key: made[key] for key in ("versions", "commit", "machine", "engine")},
             "jobs": side_by_side,  # speeds were measured with so many runs on the machine
         }
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise RunFault(f"{job.folder} is not the folder of a finished run ({type(error).__name__}: {error})") from error
+        raise RunFault(
+            f"{job.folder} is not the folder of a finished run ({type(error).__name__}: {error})"
+        ) from error
     text = io.StringIO()
     writer = csv.DictWriter(text, list(last), lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: rounded(name, cell) for name, cell in row.items()} for row in thin(rows))
     with writing(job.results):
         job.results.mkdir(parents=True, exist_ok=True)
-        write_atomically(job.results / f"seed_{job.seed}.csv", lambda file: file.write(text.getvalue().encode()))
+        write_atomically(
+            job.results / f"seed_{job.seed}.csv", lambda file: file.write(text.getvalue().encode())
+        )
         everything = read_seeds(job.results) | {job.seed: entry}
-        dropped = [seed for seed, other in everything.items() if differences(other["args"], job)]  # only with --force
+        dropped = [
+            seed for seed, other in everything.items() if differences(other["args"], job)
+        ]  # only with --force
         for seed in dropped:
             del everything[seed]
         write_meta(job.results, job.agent, job.env, everything)
@@ -368,11 +426,16 @@ def record(job: Job, side_by_side: int) -> dict[str, Any]:
 def is_recorded(job: Job) -> bool:
     """Whether the results hold this very run."""
     entry = read_seeds(job.results).get(job.seed)
-    return entry is not None and (job.results / f"seed_{job.seed}.csv").exists() and not differences(entry["args"], job)
+    return (
+        entry is not None
+        and (job.results / f"seed_{job.seed}.csv").exists()
+        and not differences(entry["args"], job)
+    )
 
 
 def refuse_mixing(jobs: list[Job]) -> None:
-    """Raise UsageError where results or unfinished runs were made with other arguments than the ones asked for."""
+    """Raise UsageError where results or unfinished runs were made with other arguments than the ones asked
+    for."""
     for job in jobs:
         for seed, entry in read_seeds(job.results).items():
             if how := differences(entry["args"], job):
@@ -387,7 +450,7 @@ def refuse_mixing(jobs: list[Job]) -> None:
             )
 
 
-# --- running --------------------------------------------------------------------------------------------------------------
+# --- running ------------------------------------------------------------------------------------------------
 
 
 def start(job: Job) -> subprocess.Popen:
@@ -395,17 +458,33 @@ def start(job: Job) -> subprocess.Popen:
     job.folder.mkdir(parents=True, exist_ok=True)
     resuming = (job.folder / "checkpoint.pt").exists()
     if any(job.folder.iterdir()):
-        require((job.folder / ".lock").exists(), f"--runs: {job.folder} is not empty and not the folder of a run")
+        require(
+            (job.folder / ".lock").exists(), f"--runs: {job.folder} is not empty and not the folder of a run"
+        )
         lock_folder(job.folder, "--runs").close()  # held: a run left by a killed benchmark is still going on
         resuming &= not differences(run_args(job.folder), job)
         if not resuming:
             shutil.rmtree(job.folder)
     folder_args = ["--resume", str(job.folder)] if resuming else ["--run-dir", str(job.folder)]
-    command = [sys.executable, str(job.script), "--env", job.env, "--seed", str(job.seed), *job.extra, "--no-progress"]
+    command = [
+        sys.executable,
+        str(job.script),
+        "--env",
+        job.env,
+        "--seed",
+        str(job.seed),
+        *job.extra,
+        "--no-progress",
+    ]
     with open(job.log, "ab" if resuming else "wb") as log:
-        # A session of its own: Ctrl-C on the terminal would reach the run too, and a second signal skips its checkpoint.
+        # A session of its own: Ctrl-C on the terminal would reach the run too, and a second signal skips its
+        # checkpoint.
         return subprocess.Popen(
-            [*command, *folder_args], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            [*command, *folder_args],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
 
@@ -428,9 +507,14 @@ def steps_done(folder: Path) -> int:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """The list of stop signals received so far: noted, not raised, so that no run is lost between start and bookkeeping."""
+    """The list of stop signals received so far: noted, not raised, so that no run is lost between start and
+    bookkeeping."""
     received: list[int] = []
-    wanted = [each for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
+    wanted = [
+        each
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(each) != signal.SIG_IGN
+    ]
     before = {each: signal.signal(each, lambda number, _frame: received.append(number)) for each in wanted}
     try:
         yield received
@@ -440,12 +524,16 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def run_all(jobs: list[Job], side_by_side: int) -> tuple[list[str], int]:
-    """Run the jobs, at most `side_by_side` at a time, recording each when it ends; the failures, and a stop signal or 0."""
+    """Run the jobs, at most `side_by_side` at a time, recording each when it ends; the failures, and a stop
+    signal or 0."""
     queue, running, failures, told = list(jobs), dict[subprocess.Popen, Job](), list[str](), 0
     total, done = sum(job.total_steps for job in jobs), 0
     bar = tqdm(total=total, unit="step", unit_scale=True, dynamic_ncols=True, disable=None, smoothing=0.05)
     bar.update(sum(steps_done(job.folder) for job in jobs))
-    bar.start_t, bar.initial = time.time(), bar.n  # what was done before this start is no measure of the speed
+    bar.start_t, bar.initial = (
+        time.time(),
+        bar.n,
+    )  # what was done before this start is no measure of the speed
     ended = 0
 
     def fail(job: Job, reason: str) -> None:
@@ -456,12 +544,15 @@ def run_all(jobs: list[Job], side_by_side: int) -> tuple[list[str], int]:
         try:
             while queue or running:
                 if len(signals) > told:
-                    # The first lets the runs reach a checkpoint, the second ends them at once, the third kills.
+                    # The first lets the runs reach a checkpoint, the second ends them at once, the third
+                    # kills.
                     told = len(signals)
                     queue.clear()
                     for process in running:
                         process.send_signal(signal.SIGINT if told <= 2 else signal.SIGKILL)
-                    tqdm.write(f"stopping {len(running)} runs; each writes a checkpoint first", file=sys.stderr)
+                    tqdm.write(
+                        f"stopping {len(running)} runs; each writes a checkpoint first", file=sys.stderr
+                    )
                 while queue and len(running) < side_by_side:
                     job = queue.pop(0)
                     try:
@@ -474,8 +565,12 @@ def run_all(jobs: list[Job], side_by_side: int) -> tuple[list[str], int]:
                         done += job.total_steps
                         try:
                             entry = record(job, side_by_side)
-                            summary = f"{entry['mean']:.2f} ± {entry['std']:.2f} over {entry['episodes']} episodes"
-                            tqdm.write(f"{job}: {summary}, {entry['steps']:,} steps, {entry['sps']:,.0f} steps/s")
+                            summary = (
+                                f"{entry['mean']:.2f} ± {entry['std']:.2f} over {entry['episodes']} episodes"
+                            )
+                            tqdm.write(
+                                f"{job}: {summary}, {entry['steps']:,} steps, {entry['sps']:,.0f} steps/s"
+                            )
                         except RunFault as error:
                             fail(job, str(error))
                     elif not signals:
@@ -491,12 +586,14 @@ def run_all(jobs: list[Job], side_by_side: int) -> tuple[list[str], int]:
     return failures, signals[0] if signals else 0
 
 
-# --- the table ------------------------------------------------------------------------------------------------------------
+# --- the table ----------------------------------------------------------------------------------------------
 
 
 def table(folders: Sequence[Path]) -> str:
     """One line for each results/AGENT/TASK among `folders` that holds results. Raises UsageError."""
-    lines = [("agent", "task", "steps", "seeds", "final evaluation: mean ± std over seeds [min .. max]", "steps/s")]
+    lines = [
+        ("agent", "task", "steps", "seeds", "final evaluation: mean ± std over seeds [min .. max]", "steps/s")
+    ]
     several = False
     for folder in folders:
         if not (seeds := read_seeds(folder)):
@@ -505,15 +602,22 @@ def table(folders: Sequence[Path]) -> str:
         std = f"{np.std(means, ddof=1):.1f}" if len(means) > 1 else "-"
         mixed = len({entry["commit"] for entry in seeds.values()}) > 1
         several |= mixed
-        speed, steps = float(np.median([entry["sps"] for entry in seeds.values()])), max(e["steps"] for e in seeds.values())
+        speed, steps = (
+            float(np.median([entry["sps"] for entry in seeds.values()])),
+            max(e["steps"] for e in seeds.values()),
+        )
         summary = f"{np.mean(means):.1f} ± {std} [{min(means):.1f} .. {max(means):.1f}]"
         task = json.loads((folder / "meta.json").read_text())
-        lines.append((task["agent"], task["env"], f"{steps:,}", f"{len(seeds)}{'*' * mixed}", summary, f"{speed:,.0f}"))
+        lines.append(
+            (task["agent"], task["env"], f"{steps:,}", f"{len(seeds)}{'*' * mixed}", summary, f"{speed:,.0f}")
+        )
     if len(lines) == 1:
         return "no results yet"
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     aligned = [f"{{:<{w}}}" if i in (0, 1, 4) else f"{{:>{w}}}" for i, w in enumerate(widths)]
-    text = "\n".join("  ".join(cell.format(value) for cell, value in zip(aligned, line, strict=True)) for line in lines)
+    text = "\n".join(
+        "  ".join(cell.format(value) for cell, value in zip(aligned, line, strict=True)) for line in lines
+    )
     return text + "\n* the seeds were run by several commits: see meta.json" * several
 
 
@@ -538,7 +642,9 @@ def benchmark(args: Args, command: str) -> int:
         return 0
     jobs = plan(args)
     with contextlib.ExitStack() as stack:
-        for folder in dict.fromkeys(job.folder.parent for job in jobs):  # a second benchmark of the same runs has to wait
+        for folder in dict.fromkeys(
+            job.folder.parent for job in jobs
+        ):  # a second benchmark of the same runs has to wait
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(lock_folder(folder, "--runs"))
@@ -569,7 +675,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, and tell in one line what is wrong; the exit status."""
     given = list(sys.argv[1:] if argv is None else argv)
     command = shlex.join(["python", "scripts/benchmark.py", *given])
-    if "--args" in given[:-1]:  # tyro takes a value that begins with dashes for a flag unless it is joined to its own
+    if (
+        "--args" in given[:-1]
+    ):  # tyro takes a value that begins with dashes for a flag unless it is joined to its own
         at = given.index("--args")
         given[at : at + 2] = [f"--args={given[at + 1]}"]
     try:

@@ -1,21 +1,23 @@
-"""Measure the estimators of the policy gradient on real agents: their variance, bias and direction, early, midway and late.
+"""Measure the estimators of the policy gradient on real agents: their variance, bias and direction, early,
+midway and late.
 
     python scripts/estimators.py                               CartPole-v1 and HalfCheetah-v4, tables and plots in results/
     python scripts/estimators.py --env Hopper-v4 --stages 50000 500000
     python scripts/estimators.py --checkpoints runs/MY_RUN/checkpoint.pt
     python scripts/estimators.py --plots                       draw again from the tables
 
-One run of PPO is trained for each task and its policy kept at each stage. With a policy held fixed, whole episodes are played:
-a sample on which every estimator works, and a larger one that gives the reference gradient. An episode's estimate is
-g = sum_t grad log pi(a_t|s_t) Psi_t, all of the same gradient E[sum_t A(s_t, a_t) grad log pi], the one that practice follows
-(no factor gamma^t); the unbiased ones take Psi from the return to go. Measured of each, over the sample's episodes:
+One run of PPO is trained for each task and its policy kept at each stage. With a policy held fixed, whole
+episodes are played: a sample on which every estimator works, and a larger one that gives the reference
+gradient. An episode's estimate is g = sum_t grad log pi(a_t|s_t) Psi_t, all of the same gradient E[sum_t
+A(s_t, a_t) grad log pi], the one that practice follows (no factor gamma^t); the unbiased ones take Psi from
+the return to go. Measured of each, over the sample's episodes:
 
     variance   tr Cov(g), over the reference's squared norm: 100 says that the mean of 100 episodes is half noise
     bias       |E[g] - E[to-go]| over the reference's norm, from paired differences, what noise contributes taken off
     cosine     of the mean over a batch of episodes with the reference
 
-with standard errors by the jackknife over ten groups of episodes. The value of what a time limit cut off is the critic's in all
-of them. A killed measurement goes on where it was: what is finished lies in --runs.
+with standard errors by the jackknife over ten groups of episodes. The value of what a time limit cut off is
+the critic's in all of them. A killed measurement goes on where it was: what is finished lies in --runs.
 """
 
 import csv
@@ -45,11 +47,11 @@ from zoo.common.device import flatten
 from zoo.common.envs import make_envs
 from zoo.common.errors import RunFault, UsageError
 from zoo.common.files import load_checkpoint, save_checkpoint, write_atomically, writing
+from zoo.common.kl import ESTIMATORS, in_reward
 from zoo.common.normalize import normalize
 from zoo.common.optim import adam, new_adam
 from zoo.common.run import Run
 from zoo.common.state import portable
-from zoo.kl import ESTIMATORS, in_reward
 from zoo.reinforce import collect_episodes, leave_one_out, returns_to_go
 
 STAGES = {"CartPole-v1": (4_096, 16_384, 49_152), "HalfCheetah-v4": (50_000, 300_000, 1_000_000)}
@@ -83,7 +85,7 @@ class Args:
     """measure nothing, draw the plots from the tables in --results"""
 
 
-# --- policies at stages of a training run ---------------------------------------------------------------------------------
+# --- policies at stages of a training run -------------------------------------------------------------------
 
 
 def train(env_id: str, stages: Sequence[int], folder: Path, args: Args) -> list[Path]:
@@ -101,9 +103,12 @@ def train(env_id: str, stages: Sequence[int], folder: Path, args: Args) -> list[
                     path.parent.mkdir(parents=True, exist_ok=True)
                     save_checkpoint(path, {**self._identity(), "step": step, "state": portable(state)})
 
-    config = ppo.Args(env=env_id, seed=args.seed, compile=args.compile, eval_every=0, env_threads=1, checkpoint_every=20.0)
+    config = ppo.Args(
+        env=env_id, seed=args.seed, compile=args.compile, eval_every=0, env_threads=1, checkpoint_every=20.0
+    )
     config = replace(
-        config, **{k: v for k, v in ppo.SETTINGS.get(env_id, {}).items() if k not in ("total_steps", "eval_every")}
+        config,
+        **{k: v for k, v in ppo.SETTINGS.get(env_id, {}).items() if k not in ("total_steps", "eval_every")},
     )
     batch = config.num_envs * config.num_steps
     config.total_steps = -(-max(stages) // batch) * batch
@@ -129,9 +134,14 @@ class Agent:
 
     def __init__(self, path: Path):
         content = load_checkpoint(path, "--checkpoints", "ppo")
-        require("return_stats" in content["state"], f"--checkpoints {path}: give a run's checkpoint.pt, not its agent.pt")
+        require(
+            "return_stats" in content["state"],
+            f"--checkpoints {path}: give a run's checkpoint.pt, not its agent.pt",
+        )
         fields = {**content["args"], "hidden": tuple(content["args"]["hidden"])}
-        self.args = ppo.Args(**{name: fields[name] for name in ppo.Args.__dataclass_fields__ if name in fields})
+        self.args = ppo.Args(
+            **{name: fields[name] for name in ppo.Args.__dataclass_fields__ if name in fields}
+        )
         self.env, self.step = content["env"], content["step"]
         self.envs = make_envs(self.env, 16, threads=1)
         self.net = ppo.ActorCritic(self.envs, self.args.hidden, self.args.log_std, self.args.shared_network)
@@ -177,7 +187,9 @@ class Episode(NamedTuple):
 
     def columns(self, value: Tensor | None = None, last_value: Tensor | None = None) -> Columns:
         """What the zoo's estimators read, (T, 1) each; with another critic's values, where given."""
-        value, last = (self.value, self.last_value) if value is None or last_value is None else (value, last_value)
+        value, last = (
+            (self.value, self.last_value) if value is None or last_value is None else (value, last_value)
+        )
         end = torch.zeros(len(value), 1, dtype=torch.bool)
         end[-1] = True
         next_value = torch.cat((value[1:], last[None]))
@@ -186,7 +198,8 @@ class Episode(NamedTuple):
 
 
 def play(agent: Agent, theta: Tensor, steps: int, most: int, seed: int) -> list[Episode]:
-    """Whole episodes of the policy theta: about `steps` environment steps, at most `most` episodes, at least 2 GROUPS."""
+    """Whole episodes of the policy theta: about `steps` environment steps, at most `most` episodes, at least
+    2 GROUPS."""
     generator, episodes, played = torch.Generator().manual_seed(seed), list[Episode](), 0
 
     @torch.no_grad()
@@ -196,7 +209,10 @@ def play(agent: Agent, theta: Tensor, steps: int, most: int, seed: int) -> list[
     while (played < steps and len(episodes) < most) or len(episodes) < 2 * GROUPS:
         batch, _ = collect_episodes(agent.envs, seed + 1000 * len(episodes), act, generator)
         for i, alive in enumerate(batch.alive.T):
-            obs, last = normalize(batch.obs[alive, i], agent.obs_stats), normalize(batch.last_obs[i], agent.obs_stats)
+            obs, last = (
+                normalize(batch.obs[alive, i], agent.obs_stats),
+                normalize(batch.last_obs[i], agent.obs_stats),
+            )
             with torch.no_grad():
                 value = agent.value(torch.cat((obs, last[None])))
             rows = (obs, batch.action[alive, i], batch.reward[alive, i] / agent.scale, last)
@@ -206,7 +222,8 @@ def play(agent: Agent, theta: Tensor, steps: int, most: int, seed: int) -> list[
 
 
 def better_critic(agent: Agent, episodes: Sequence[Episode], seed: int) -> dict[str, Tensor]:
-    """The critic fitted on to the returns of a large sample, four passes of Adam; all the network's parameters."""
+    """The critic fitted on to the returns of a large sample, four passes of Adam; all the network's
+    parameters."""
     obs = torch.cat([e.obs for e in episodes])
     target = torch.cat([to_go(e, agent.args.gamma) for e in episodes])
     params, unflatten = flatten(agent.net)
@@ -228,11 +245,12 @@ def to_go(episode: Episode, gamma: float) -> Tensor:
     return returns_to_go(episode.reward[:, None], alive, tail, gamma)[:, 0]
 
 
-# --- statistics -----------------------------------------------------------------------------------------------------------
+# --- statistics ---------------------------------------------------------------------------------------------
 
 
 def jackknife(statistic: Callable[[Tensor], float], count: int) -> tuple[float, float]:
-    """The statistic of all `count` samples, given as their indices, and its standard error over at most GROUPS groups."""
+    """The statistic of all `count` samples, given as their indices, and its standard error over at most
+    GROUPS groups."""
     every, groups = torch.arange(count), min(GROUPS, count)
     left_out = np.array([statistic(every[every % groups != group]) for group in range(groups)])
     return statistic(every), math.sqrt((groups - 1) * left_out.var())
@@ -246,7 +264,8 @@ def covariance_trace(g: Tensor) -> Tensor:
 def measures(g: Tensor, paired: Tensor, reference: Tensor, size: float) -> Iterator[tuple[str, float, float]]:
     """(quantity, value, error) of an estimator's episodes g (E, P): see the module's docstring.
 
-    paired (E, P): the unbiased estimates of the same episodes; size: the reference's squared norm, free of noise.
+    paired (E, P): the unbiased estimates of the same episodes; size: the reference's squared norm, free of
+    noise.
     """
     difference = g - paired
 
@@ -271,16 +290,20 @@ def cosine(g: Tensor, reference: Tensor) -> tuple[str, float, float]:
 
 
 def squared_norm(g: Tensor) -> float:
-    """|E[g]|^2 without what noise adds to it; at least a tenth of the plain one, where noise is all there is."""
+    """|E[g]|^2 without what noise adds to it; at least a tenth of the plain one, where noise is all there
+    is."""
     plain = (g.mean(0) ** 2).sum()
     return max((plain - covariance_trace(g) / len(g)).item(), plain.item() / 10)
 
 
-# --- the questions --------------------------------------------------------------------------------------------------------
+# --- the questions ------------------------------------------------------------------------------------------
 
 
-def of_the_table(agent: Agent, episode: Episode, critic: dict[str, Tensor]) -> dict[tuple[str, str, float], Tensor]:
-    """Psi (T,) of each (question, estimator, x): the table of Psi_t, baselines that need no other episode, lambda, n."""
+def of_the_table(
+    agent: Agent, episode: Episode, critic: dict[str, Tensor]
+) -> dict[tuple[str, str, float], Tensor]:
+    """Psi (T,) of each (question, estimator, x): the table of Psi_t, baselines that need no other episode,
+    lambda, n."""
     gamma, columns = agent.args.gamma, episode.columns()
     with torch.no_grad():
         values = agent.value(torch.cat((episode.obs, episode.last_obs[None])), critic)
@@ -304,13 +327,18 @@ def of_the_table(agent: Agent, episode: Episode, critic: dict[str, Tensor]) -> d
 
 def every_n_step(columns: Columns, n: int, gamma: float) -> Tensor:
     """The n-step advantage of every row (T,), from the zoo's n_step on all windows of n rows."""
-    padded = [torch.cat((x[:, 0], x.new_zeros(n - 1))) for x in columns]  # beyond the end, where n_step does not look
+    padded = [
+        torch.cat((x[:, 0], x.new_zeros(n - 1))) for x in columns
+    ]  # beyond the end, where n_step does not look
     reward, value, next_value, terminated, truncated = (x.unfold(0, n, 1).T for x in padded)
     return n_step(reward, value, next_value, terminated, truncated, gamma)[0]
 
 
-def measure_gradients(agent: Agent, sample: list[Episode], large: list[Episode], seed: int) -> tuple[list[tuple], Tensor]:
-    """Rows (question, estimator, x, quantity, value, error) of the table, baselines, lambda and n; the reference gradient."""
+def measure_gradients(
+    agent: Agent, sample: list[Episode], large: list[Episode], seed: int
+) -> tuple[list[tuple], Tensor]:
+    """Rows (question, estimator, x, quantity, value, error) of the table, baselines, lambda and n; the
+    reference gradient."""
     gamma, critic = agent.args.gamma, better_critic(agent, large, seed)
 
     def reference_estimate(episode: Episode) -> Tensor:
@@ -319,7 +347,9 @@ def measure_gradients(agent: Agent, sample: list[Episode], large: list[Episode],
 
     references = torch.stack([reference_estimate(episode) for episode in large])
     reference, size = references.mean(0), squared_norm(references)
-    trusted = math.sqrt(min(size / (reference**2).sum().item(), 1.0))  # the reference's own cosine with the truth
+    trusted = math.sqrt(
+        min(size / (reference**2).sum().item(), 1.0)
+    )  # the reference's own cosine with the truth
     estimates, x, y = list[Tensor](), list[Tensor](), list[Tensor]()
     for episode in sample:
         scores = agent.scores(agent.theta, episode.obs, episode.action)
@@ -374,7 +404,8 @@ def weighted(episode: Episode, w: Tensor, gamma: float) -> dict[str, Tensor]:
         "w_t twice (S4 2.10)": past * w * (corrected - episode.value),
         "past products (S4 2.11)": past * (return_ - episode.value),
         "one ratio (S4 2.13)": w * (return_ - episode.value),
-        "one ratio, clipped": torch.where(slope_left(w, return_ - episode.value), w, 0.0) * (return_ - episode.value),
+        "one ratio, clipped": torch.where(slope_left(w, return_ - episode.value), w, 0.0)
+        * (return_ - episode.value),
         "no ratio": return_ - episode.value,
     }
 
@@ -395,8 +426,11 @@ def ratios(agent: Agent, theta: Tensor, episode: Episode) -> Tensor:
     return (new - old).exp()
 
 
-def measure_importance(agent: Agent, sample: list[Episode], direction: Tensor, budget: int, seed: int) -> Iterator[tuple]:
-    """Rows of the off-policy forms at several distances of the policy to be improved from the one that acted."""
+def measure_importance(
+    agent: Agent, sample: list[Episode], direction: Tensor, budget: int, seed: int
+) -> Iterator[tuple]:
+    """Rows of the off-policy forms at several distances of the policy to be improved from the one that
+    acted."""
     gamma, obs = agent.args.gamma, torch.cat([e.obs for e in sample])[::37]
 
     def on_policy(theta: Tensor, episode: Episode) -> Tensor:
@@ -405,13 +439,17 @@ def measure_importance(agent: Agent, sample: list[Episode], direction: Tensor, b
 
     for distance in DISTANCES:
         theta = moved(agent, direction, distance, obs)
-        own = torch.stack([on_policy(theta, e) for e in play(agent, theta, budget, 2 * BATCH * GROUPS, seed + 7)])
+        own = torch.stack(
+            [on_policy(theta, e) for e in play(agent, theta, budget, 2 * BATCH * GROUPS, seed + 7)]
+        )
         reference, size = own.mean(0), squared_norm(own)
         forms, whole, single = dict[str, list[Tensor]](), list[Tensor](), list[Tensor]()
         for episode in sample:
             w = ratios(agent, theta, episode)
             psi = weighted(episode, w, gamma)
-            bounded = torch.stack(list(psi.values())).clamp(-1e12, 1e12).float()  # products of ratios overflow
+            bounded = (
+                torch.stack(list(psi.values())).clamp(-1e12, 1e12).float()
+            )  # products of ratios overflow
             estimates = bounded @ agent.scores(theta, episode.obs, episode.action)
             for name, g in zip(psi, estimates, strict=True):
                 forms.setdefault(name, []).append(g)
@@ -426,12 +464,14 @@ def measure_importance(agent: Agent, sample: list[Episode], direction: Tensor, b
 
 
 def relative_variance(g: Tensor, size: float) -> tuple[float, float]:
-    """tr Cov of estimates g (episodes, P) over `size`, the reference's squared norm, and its standard error."""
+    """tr Cov of estimates g (episodes, P) over `size`, the reference's squared norm, and its standard
+    error."""
     return jackknife(lambda index: covariance_trace(g[index]).item() / size, len(g))
 
 
 def shares(log_weights: list[Tensor]) -> tuple[float, float]:
-    """The effective sample size of weights, given by episode as logarithms; a common factor does not matter to it."""
+    """The effective sample size of weights, given by episode as logarithms; a common factor does not matter
+    to it."""
 
     def share(index):
         log_w = torch.cat([log_weights[i] for i in index])
@@ -440,8 +480,11 @@ def shares(log_weights: list[Tensor]) -> tuple[float, float]:
     return jackknife(share, len(log_weights))
 
 
-def measure_kl(agent: Agent, sample: list[Episode], direction: Tensor, budget: int, seed: int) -> Iterator[tuple]:
-    """Rows of k1, k2, k3 on the agent's states: as values, and what their gradients point at, as a loss and in the reward."""
+def measure_kl(
+    agent: Agent, sample: list[Episode], direction: Tensor, budget: int, seed: int
+) -> Iterator[tuple]:
+    """Rows of k1, k2, k3 on the agent's states: as values, and what their gradients point at, as a loss and
+    in the reward."""
     generator, actions, parts = torch.Generator().manual_seed(seed), 128, 8
     every = torch.cat([e.obs for e in sample])
     states = every[torch.randperm(len(every), generator=generator)[: min(512, max(32, budget // 100))]]
@@ -450,15 +493,23 @@ def measure_kl(agent: Agent, sample: list[Episode], direction: Tensor, budget: i
         ref = moved(agent, direction, distance, states)
         other = as_trpo(agent.policy(ref, states))
         noise = torch.empty(len(obs), agent.envs.action_dim)
-        noise = -noise.exponential_(generator=generator).log() if agent.envs.discrete else noise.normal_(generator=generator)
+        noise = (
+            -noise.exponential_(generator=generator).log()
+            if agent.envs.discrete
+            else noise.normal_(generator=generator)
+        )
         with torch.no_grad():
             action = agent.policy(agent.theta, obs).sample(noise)
             log_ref = agent.policy(ref, obs).log_prob(action)
             log_ratio = log_ref.double() - agent.policy(agent.theta, obs).log_prob(action)
             true = trpo.kl(as_trpo(agent.policy(agent.theta, states)), other).mean().item()
         targets = {
-            "KL(pi || ref)": grad(lambda x: trpo.kl(as_trpo(agent.policy(x, states)), other).mean())(agent.theta),  # noqa: B023
-            "KL(ref || pi)": grad(lambda x: trpo.kl(other, as_trpo(agent.policy(x, states))).mean())(agent.theta),  # noqa: B023
+            "KL(pi || ref)": grad(lambda x: trpo.kl(as_trpo(agent.policy(x, states)), other).mean())(
+                agent.theta
+            ),
+            "KL(ref || pi)": grad(lambda x: trpo.kl(other, as_trpo(agent.policy(x, states))).mean())(
+                agent.theta
+            ),
         }
         for name, k in ESTIMATORS.items():
             value = k(log_ratio).view(len(states), actions)
@@ -475,7 +526,9 @@ def measure_kl(agent: Agent, sample: list[Episode], direction: Tensor, budget: i
                 split = torch.arange(len(obs)).view(len(states), actions).T.reshape(parts, -1)
                 found = torch.stack([grad(loss)(agent.theta, rows) for rows in split])
                 unit = targets["KL(pi || ref)"].norm()
-                length = jackknife(lambda index, g=found, unit=unit: (g[index].mean(0).norm() / unit).item(), parts)  # type: ignore[misc]
+                length = jackknife(
+                    lambda index, g=found, unit=unit: (g[index].mean(0).norm() / unit).item(), parts
+                )  # type: ignore[misc]
                 yield "kl_gradient", f"{name} {where}", distance, "length", *length
                 for target, gradient in targets.items():
                     cosines = torch.nn.functional.cosine_similarity(found, gradient[None], dim=1)
@@ -491,17 +544,20 @@ def measure_kl(agent: Agent, sample: list[Episode], direction: Tensor, budget: i
 
 
 def spread_within(value: Tensor, unit: float) -> tuple[float, float]:
-    """The standard deviation of one action's estimate within its state, over `unit`; value (states, actions)."""
+    """The standard deviation of one action's estimate within its state, over `unit`; value (states,
+    actions)."""
     return jackknife(lambda index: value[index].var(1).mean().sqrt().item() / unit, len(value))
 
 
-# --- tables and plots -----------------------------------------------------------------------------------------------------
+# --- tables and plots ---------------------------------------------------------------------------------------
 
 
 def write_table(path: Path, rows: Sequence[dict]) -> None:
     """A CSV of COLUMNS, atomically."""
     text = io.StringIO()
-    csv.DictWriter(text, COLUMNS, lineterminator="\n").writerows([dict(zip(COLUMNS, COLUMNS, strict=True)), *rows])
+    csv.DictWriter(text, COLUMNS, lineterminator="\n").writerows(
+        [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
@@ -524,7 +580,10 @@ def measure(checkpoint: Path, path: Path, args: Args) -> list[dict[str, str]]:
         numbers = [(*row[:2], *(f"{x:.6g}" if isinstance(x, float) else x for x in row[2:])) for row in rows]
         write_table(path, [dict(zip(COLUMNS, (agent.env, agent.step, *row), strict=True)) for row in numbers])
         agent.envs.close()
-        print(f"{agent.env}, {agent.step:,} steps: {len(sample)} episodes, reference of {len(large)}", flush=True)
+        print(
+            f"{agent.env}, {agent.step:,} steps: {len(sample)} episodes, reference of {len(large)}",
+            flush=True,
+        )
     return read_table(path)
 
 
@@ -534,7 +593,10 @@ class Panel(NamedTuple):
     log: bool = True
 
 
-VARIANCE, BIAS = Panel("variance", "variance of one episode\n/ |gradient|²"), Panel("bias", "|bias| / |gradient|", False)
+VARIANCE, BIAS = (
+    Panel("variance", "variance of one episode\n/ |gradient|²"),
+    Panel("bias", "|bias| / |gradient|", False),
+)
 COSINE = Panel("cosine", f"cosine of {BATCH} episodes\nwith the reference", False)
 # file: (the question, its caption, panels)
 FIGURES: dict[str, tuple[str, str, tuple[Panel, ...]]] = {
@@ -583,7 +645,8 @@ FIGURES: dict[str, tuple[str, str, tuple[Panel, ...]]] = {
 
 
 def draw(name: str, rows: list[dict[str, str]], path: Path) -> None:
-    """One figure: a row of axes for each quantity, a column for each task (and stage, where the curves are estimators)."""
+    """One figure: a row of axes for each quantity, a column for each task (and stage, where the curves are
+    estimators)."""
     from matplotlib.figure import Figure
 
     question, caption, panels = FIGURES[name]
@@ -595,7 +658,9 @@ def draw(name: str, rows: list[dict[str, str]], path: Path) -> None:
     figure = Figure(figsize=(width, 1.6 + 2.4 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), len(columns), squeeze=False, sharex=False, sharey="row")
     categories = (
-        list(dict.fromkeys((float(row["x"]), row["estimator"]) for row in rows)) if name in ("psi", "baselines") else []
+        list(dict.fromkeys((float(row["x"]), row["estimator"]) for row in rows))
+        if name in ("psi", "baselines")
+        else []
     )
     categories.sort()
     names = list(dict.fromkeys(row["estimator"] for row in rows))
@@ -607,7 +672,8 @@ def draw(name: str, rows: list[dict[str, str]], path: Path) -> None:
         else:
             here = [row for row in here if int(row["stage"]) == stage]
             curves = {
-                e: [row for row in here if row["estimator"] == e] for e in dict.fromkeys(row["estimator"] for row in here)
+                e: [row for row in here if row["estimator"] == e]
+                for e in dict.fromkeys(row["estimator"] for row in here)
             }
         finite = sorted({float(row["x"]) for row in here if math.isfinite(float(row["x"]))})
         for place, (label, points) in enumerate(curves.items()):
@@ -616,8 +682,21 @@ def draw(name: str, rows: list[dict[str, str]], path: Path) -> None:
             x = [position(name, float(row["x"]), finite) for row in points]
             y, errors = ([float(row[key]) for row in points] for key in ("value", "error"))
             shift = (number - (len(curves) - 1) / 2) * 0.12 if categories else 0.0
-            look = {"color": f"C{number}", "marker": "osD^vP*X<>"[number % 10], "linestyle": "none" if categories else "-"}
-            axis.errorbar([v + shift for v in x], y, yerr=errors, label=label, capsize=2, markersize=4, linewidth=1.2, **look)
+            look = {
+                "color": f"C{number}",
+                "marker": "osD^vP*X<>"[number % 10],
+                "linestyle": "none" if categories else "-",
+            }
+            axis.errorbar(
+                [v + shift for v in x],
+                y,
+                yerr=errors,
+                label=label,
+                capsize=2,
+                markersize=4,
+                linewidth=1.2,
+                **look,
+            )
         if panel.log:
             axis.set_yscale("log")
         elif panel.quantity == "bias" and by_stage:
@@ -634,7 +713,9 @@ def draw(name: str, rows: list[dict[str, str]], path: Path) -> None:
             axis.legend(fontsize=8)
     for panel, row in zip(panels, axes, strict=True):
         if panel.log or (panel.quantity == "bias" and by_stage):
-            row[0].set_ylim(bottom=max(row[0].get_ylim()[0], 1e-3) if panel.log else 0)  # products of ratios vanish
+            row[0].set_ylim(
+                bottom=max(row[0].get_ylim()[0], 1e-3) if panel.log else 0
+            )  # products of ratios vanish
     if not by_stage:
         handles = {
             label: handle
@@ -657,9 +738,17 @@ def position(name: str, x: float, finite: list[float]) -> float:
     return x if math.isfinite(x) else 4 * finite[-1]
 
 
-def label_x(axis: Any, name: str, finite: list[float], categories: list[tuple[float, str]], last: bool) -> None:
+def label_x(
+    axis: Any, name: str, finite: list[float], categories: list[tuple[float, str]], last: bool
+) -> None:
     if categories:
-        axis.set_xticks([x for x, _ in categories], [label for _, label in categories], rotation=25, ha="right", fontsize=8)
+        axis.set_xticks(
+            [x for x, _ in categories],
+            [label for _, label in categories],
+            rotation=25,
+            ha="right",
+            fontsize=8,
+        )
     elif name == "gae":
         axis.set_xticks(range(len(LAMBDAS)), [f"{x:g}" for x in LAMBDAS])
     else:
@@ -678,16 +767,22 @@ def run(args: Args) -> None:
     require(0 <= args.seed < 2**31, f"--seed must lie in [0, 2**31), not {args.seed}")
     require(bool(args.env), "--env needs at least one task")
     require(not (args.checkpoints and args.stages), "--stages goes with training, --checkpoints without it")
-    require(all(stage >= 1 for stage in args.stages or ()) and args.stages != (), f"--stages {args.stages}: at least 1 each")
+    require(
+        all(stage >= 1 for stage in args.stages or ()) and args.stages != (),
+        f"--stages {args.stages}: at least 1 each",
+    )
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib
     except ImportError:
         raise UsageError("drawing needs matplotlib: pip install -e '.[plots]'") from None
     torch.set_num_threads(1)
     if args.plots:
         files = {name: args.results / f"{name}.csv" for name in FIGURES}
         for file in files.values():
-            require(file.is_file(), f"--results {args.results}: holds no {file.name}; measure first, without --plots")
+            require(
+                file.is_file(),
+                f"--results {args.results}: holds no {file.name}; measure first, without --plots",
+            )
         rows = [row for file in files.values() for row in read_table(file)]
     else:
         rows = measure_all(args)
@@ -719,9 +814,18 @@ def measure_all(args: Args) -> list[dict[str, str]]:
     rows = [row for path, table in chosen for row in measure(path, table, args)]
     with writing(args.results):
         args.results.mkdir(parents=True, exist_ok=True)
-        trusted = {f"{r['env']} at {r['stage']}": float(r["value"]) for r in rows if r["question"] == "reference"}
-        meta = {"budget": args.budget, "seed": args.seed, "torch": torch.__version__, "cosine of the reference": trusted}
-        write_atomically(args.results / "meta.json", lambda file: file.write(json.dumps(meta, indent=2).encode() + b"\n"))
+        trusted = {
+            f"{r['env']} at {r['stage']}": float(r["value"]) for r in rows if r["question"] == "reference"
+        }
+        meta = {
+            "budget": args.budget,
+            "seed": args.seed,
+            "torch": torch.__version__,
+            "cosine of the reference": trusted,
+        }
+        write_atomically(
+            args.results / "meta.json", lambda file: file.write(json.dumps(meta, indent=2).encode() + b"\n")
+        )
     return rows
 
 

@@ -48,7 +48,9 @@ def load_agent(path: Path) -> dict[str, Any]:
     content = load_checkpoint(file, "run")
     # The name comes from a file that anyone may have made: import nothing but an agent's file of the zoo.
     name = content["agent"]
-    known = isinstance(name, str) and re.fullmatch(r"[a-z]\w*", name) and importlib.util.find_spec(f"zoo.{name}")
+    known = (
+        isinstance(name, str) and re.fullmatch(r"[a-z]\w*", name) and importlib.util.find_spec(f"zoo.{name}")
+    )
     require(bool(known), f"run {path}: is of agent {name}, which this version of the zoo does not have")
     return content
 

@@ -1,4 +1,5 @@
-"""Draw learning curves of results/: mean over seeds of the deterministic evaluations, shaded by a standard deviation each way.
+"""Draw learning curves of results/: mean over seeds of the deterministic evaluations, shaded by a standard
+deviation each way.
 
     python scripts/plot.py --env HalfCheetah-v4          every agent with results on the task, to results/HalfCheetah-v4.png
     python scripts/plot.py results/reinforce/CartPole-v1 results/no_baseline/reinforce/CartPole-v1 \\
@@ -36,7 +37,8 @@ class Args:
 
 
 def load_curves(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (K,) and evaluation returns (seeds, K) of a folder of seed_N.csv, on the steps that all seeds reached.
+    """Steps (K,) and evaluation returns (seeds, K) of a folder of seed_N.csv, on the steps that all seeds
+    reached.
 
     Raises UsageError.
     """
@@ -83,9 +85,14 @@ def main() -> int:
     """Draw, or tell in one line what is wrong; the exit status."""
     args = tyro.cli(Args, description=__doc__)
     try:
-        require(importlib.util.find_spec("matplotlib") is not None, "matplotlib is missing: pip install -e '.[plots]'")
+        require(
+            importlib.util.find_spec("matplotlib") is not None,
+            "matplotlib is missing: pip install -e '.[plots]'",
+        )
         require(bool(args.folders) != bool(args.env), "give either folders of curves or --env")
-        folders = list(args.folders) or sorted(path.parent for path in args.results.glob(f"*/{args.env}/meta.json"))
+        folders = list(args.folders) or sorted(
+            path.parent for path in args.results.glob(f"*/{args.env}/meta.json")
+        )
         require(bool(folders), f"--env {args.env}: no agent has results on it in {args.results}")
         labels = list(args.labels) or [folder.resolve().parent.name for folder in folders]
         require(len(labels) == len(folders), f"--labels: {len(labels)} names for {len(folders)} curves")

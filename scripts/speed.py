@@ -6,13 +6,13 @@
     python scripts/speed.py --update                  a minibatch update of PPO, compiled against eager
     python scripts/speed.py --engine                  environments alone, against Gymnasium's SyncVectorEnv
 
-Absolute figures mean little on a shared machine: they move with whatever else runs on it. Both sides of a pair run right
-after each other, in turns as to which is first; quote the median of the pairs' ratios.
+Absolute figures mean little on a shared machine: they move with whatever else runs on it. Both sides of a
+pair run right after each other, in turns as to which is first; quote the median of the pairs' ratios.
 
-A training run is a fresh process with the agent's defaults, evaluations, logs and checkpoints included. Its speed is taken
-from where a tenth of the steps is done until after the last evaluation. What comes before (the first batch, compilation) is
-shown apart, as the time until the first update is done; "whole process" counts everything from its start to its end.
-Needs the extra `bench`: pip install -e '.[bench]'.
+A training run is a fresh process with the agent's defaults, evaluations, logs and checkpoints included. Its
+speed is taken from where a tenth of the steps is done until after the last evaluation. What comes before (the
+first batch, compilation) is shown apart, as the time until the first update is done; "whole process" counts
+everything from its start to its end. Needs the extra `bench`: pip install -e '.[bench]'.
 """
 
 import csv
@@ -75,7 +75,9 @@ def run_child(command: list[str]) -> tuple[str, float, float]:
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         try:
-            _, status, usage = os.wait4(process.pid, 0)  # Popen.wait would lose the resource usage of this one child
+            _, status, usage = os.wait4(
+                process.pid, 0
+            )  # Popen.wait would lose the resource usage of this one child
         except BaseException:
             process.kill()
             raise
@@ -97,7 +99,16 @@ def ours(args: Args, seed: int) -> Measured:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
         script = Path(zoo.__file__).parent / f"{args.agent}.py"
-        command = [sys.executable, str(script), "--env", args.env, "--seed", str(seed), "--total-steps", str(args.steps)]
+        command = [
+            sys.executable,
+            str(script),
+            "--env",
+            args.env,
+            "--seed",
+            str(seed),
+            "--total-steps",
+            str(args.steps),
+        ]
         command += ["--eval-every", str(EVAL_EVERY), "--eval-episodes", str(EVAL_EPISODES), "--device", "cpu"]
         command += ["--threads", str(args.threads), *OWN_ARGS.get(args.agent, [])]
         _, process, memory = run_child([*command, "--no-progress", "--run-dir", str(folder)])
@@ -115,7 +126,14 @@ def theirs(args: Args, seed: int) -> Measured:
     """Train the peer. Raises RunFault."""
     command = [args.peer_python or sys.executable, str(Path(__file__).with_name("speed_sb3.py"))]
     command += ["--agent", args.agent, "--env", args.env, "--seed", str(seed), "--steps", str(args.steps)]
-    command += ["--warm-step", str(args.steps // 10), "--eval-every", str(EVAL_EVERY), "--eval-episodes", str(EVAL_EPISODES)]
+    command += [
+        "--warm-step",
+        str(args.steps // 10),
+        "--eval-every",
+        str(EVAL_EVERY),
+        "--eval-episodes",
+        str(EVAL_EPISODES),
+    ]
     command += ["--threads", str(args.threads)]
     text, process, memory = run_child(command)
     timing = json.loads(text.splitlines()[-1])
@@ -128,15 +146,21 @@ def compare_training(args: Args) -> None:
 
     args.steps -= args.steps % BATCH
     if args.steps < 10 * BATCH:
-        raise UsageError(f"--steps must be at least {10 * BATCH} (the first tenth is warm-up), not {args.steps}")
+        raise UsageError(
+            f"--steps must be at least {10 * BATCH} (the first tenth is warm-up), not {args.steps}"
+        )
     make_single(args.env).close()
     package = PEER_PACKAGES[args.agent]
     try:
-        found = subprocess.run([args.peer_python or sys.executable, "-c", f"import {package}"], capture_output=True).returncode
+        found = subprocess.run(
+            [args.peer_python or sys.executable, "-c", f"import {package}"], capture_output=True
+        ).returncode
     except OSError as error:
         raise UsageError(f"--peer-python {args.peer_python}: {error.strerror}") from error
     if found != 0:
-        raise UsageError(f"{package} is not installed: pip install -e '.[bench]' (or name a Python that has it: --peer-python)")
+        raise UsageError(
+            f"{package} is not installed: pip install -e '.[bench]' (or name a Python that has it: --peer-python)"
+        )
     print(f"{args.agent}, {args.env}, {args.steps:,} steps, {os.cpu_count()} cores; zoo | {package}")
     ratios = []
     for pair in range(1, args.pairs + 1):
@@ -154,13 +178,16 @@ def compare_training(args: Args) -> None:
 
 
 def alternate(sides: dict[str, Callable[[], float]], rounds: int) -> tuple[dict[str, float], list[float]]:
-    """Call the two sides in turns; the median of what each returns, and the second's over the first's for each round."""
+    """Call the two sides in turns; the median of what each returns, and the second's over the first's for
+    each round."""
     values: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds):
         for name in list(sides) if turn % 2 else reversed(sides):
             values[name].append(sides[name]())
     first, second = values.values()
-    return {name: statistics.median(each) for name, each in values.items()}, [b / a for a, b in zip(first, second, strict=True)]
+    return {name: statistics.median(each) for name, each in values.items()}, [
+        b / a for a, b in zip(first, second, strict=True)
+    ]
 
 
 def compare_updates(args: Args) -> None:
@@ -184,7 +211,9 @@ def compare_updates(args: Args) -> None:
         return functional_call(net, unflatten(params), (obs,))
 
     def update(params, opt, batch, learning_rate, kl_coef):
-        grad, (_, metrics) = grad_and_value(ppo.ppo_loss, has_aux=True)(params, batch, kl_coef, forward, defaults)
+        grad, (_, metrics) = grad_and_value(ppo.ppo_loss, has_aux=True)(
+            params, batch, kl_coef, forward, defaults
+        )
         grad, grad_norm = clip_grad(grad, defaults.max_grad_norm)
         params, opt = adam(params, grad, opt, learning_rate)
         return params, opt, metrics | {"grad_norm": grad_norm}
@@ -214,17 +243,24 @@ def compare_updates(args: Args) -> None:
         side()
     medians, ratios = alternate(sides, rounds=5 * args.pairs)
     figures = ", ".join(f"{name} {microseconds:.0f} us" for name, microseconds in medians.items())
-    print(f"one PPO minibatch update, batch {size}, {args.env}, 1 thread: {figures} (compilation {compile_seconds():.1f} s)")
-    print(f"median ratio {statistics.median(ratios):.2f} [{min(ratios):.2f} .. {max(ratios):.2f}] of {len(ratios)} pairs")
+    print(
+        f"one PPO minibatch update, batch {size}, {args.env}, 1 thread: {figures} (compilation {compile_seconds():.1f} s)"
+    )
+    print(
+        f"median ratio {statistics.median(ratios):.2f} [{min(ratios):.2f} .. {max(ratios):.2f}] of {len(ratios)} pairs"
+    )
 
 
 def compare_engines(args: Args) -> None:
-    """Environment steps a second under random actions: ours with its default threads, and SyncVectorEnv. Raises UsageError."""
+    """Environment steps a second under random actions: ours with its default threads, and SyncVectorEnv.
+    Raises UsageError."""
     import gymnasium as gym
 
     from zoo.common.envs import VectorEnv, make_envs, make_single
 
-    def stepping(envs: VectorEnv | gym.vector.SyncVectorEnv, actions: Sequence[np.ndarray]) -> Callable[[], float]:
+    def stepping(
+        envs: VectorEnv | gym.vector.SyncVectorEnv, actions: Sequence[np.ndarray]
+    ) -> Callable[[], float]:
         def run() -> float:
             start = time.perf_counter()
             for action in actions:
@@ -237,7 +273,7 @@ def compare_engines(args: Args) -> None:
     for num_envs in (8, 64):
         own = make_envs(args.env, num_envs)
         sync = gym.vector.SyncVectorEnv([lambda: make_single(args.env)] * num_envs)
-        own.reset(0)
+        own.reset(range(own.num_envs))
         sync.reset(seed=0)
         times = 16_384 // num_envs
         if own.discrete:
@@ -251,7 +287,10 @@ def compare_engines(args: Args) -> None:
             side()
         medians, ratios = alternate(sides, rounds=args.pairs)
         figures = ", ".join(f"{name} {sps:,.0f} steps/s" for name, sps in medians.items())
-        print(f"{args.env}, {num_envs} environments: {figures}; median ratio {statistics.median(ratios):.2f}", flush=True)
+        print(
+            f"{args.env}, {num_envs} environments: {figures}; median ratio {statistics.median(ratios):.2f}",
+            flush=True,
+        )
         own.close()
         sync.close()
 

@@ -1,9 +1,10 @@
 """The other side of speed.py: one training run of Stable-Baselines3, timed. Prints one line of JSON.
 
-Imports nothing of the zoo, so that it also runs in a virtual environment that holds only Stable-Baselines3 (and sb3-contrib
-for TRPO). Its settings are the library's defaults but for 8 environments: 8 x 256 steps make PPO's and TRPO's batch the same
-2048 transitions as with its one environment, and are faster; SAC keeps its one. TensorBoard is off, as by default, and nothing
-is normalised: both spare it work that the zoo's on-policy agents do.
+Imports nothing of the zoo, so that it also runs in a virtual environment that holds only Stable-Baselines3
+(and sb3-contrib for TRPO). Its settings are the library's defaults but for 8 environments: 8 x 256 steps make
+PPO's and TRPO's batch the same 2048 transitions as with its one environment, and are faster; SAC keeps its
+one. TensorBoard is off, as by default, and nothing is normalised: both spare it work that the zoo's on-policy
+agents do.
 """
 
 import argparse
@@ -61,7 +62,11 @@ def main() -> None:
     eval_envs = make_vec_env(args.env, n_envs=1, seed=args.seed + 1000)
     clock = Clock(args.warm_step)
     evaluation = EvalCallback(
-        eval_envs, eval_freq=args.eval_every // model.n_envs, n_eval_episodes=args.eval_episodes, verbose=0, warn=False
+        eval_envs,
+        eval_freq=args.eval_every // model.n_envs,
+        n_eval_episodes=args.eval_episodes,
+        verbose=0,
+        warn=False,
     )
     model.learn(args.steps, callback=[clock, evaluation])
     if args.steps % args.eval_every >= BATCH:  # else the last evaluation has just been

@@ -35,7 +35,9 @@ class Args:
 def open_video(get_writer: Callable, path: Path, fps: int) -> Any:
     """imageio's writer for the file. Raises RunFault."""
     try:
-        return get_writer(path, mode="I", **({"fps": fps} if path.suffix == ".mp4" else {"duration": 1000 / fps, "loop": 0}))
+        return get_writer(
+            path, mode="I", **({"fps": fps} if path.suffix == ".mp4" else {"duration": 1000 / fps, "loop": 0})
+        )
     except ImportError as error:
         raise RunFault(f"--video {path}: needs pip install 'imageio[ffmpeg]'") from error
     except (OSError, ValueError) as error:
@@ -58,7 +60,9 @@ def play(args: Args) -> str:
     envs = make_envs(content["env"], 1)
     policy = make_policy(content, envs)
     try:
-        env = gym.make(content["env"], render_mode="rgb_array" if args.video else "human", disable_env_checker=True)
+        env = gym.make(
+            content["env"], render_mode="rgb_array" if args.video else "human", disable_env_checker=True
+        )
         fps = env.metadata.get("render_fps", 30)
         total, video = 0.0, open_video(imageio.get_writer, args.video, fps) if args.video else None
         for episode in range(args.episodes):
@@ -71,7 +75,9 @@ def play(args: Args) -> str:
                 obs, reward, terminated, truncated, _ = env.step(action)
                 total, ended = total + float(reward), terminated or truncated
                 if video:
-                    video.append_data(env.render())  # written as it goes: 1,000 frames of 480 x 480 are 700 MB
+                    video.append_data(
+                        env.render()
+                    )  # written as it goes: 1,000 frames of 480 x 480 are 700 MB
         env.close()
         if video:
             video.close()
@@ -79,7 +85,9 @@ def play(args: Args) -> str:
         raise
     except Exception as error:  # no display, no OpenGL, a package missing: whatever the renderer raises
         raise RunFault(f"{content['env']} cannot be rendered here: {' '.join(str(error).split())}") from error
-    return f"mean return {total / args.episodes:.2f} over {args.episodes} episodes" + (f"; {args.video}" if args.video else "")
+    return f"mean return {total / args.episodes:.2f} over {args.episodes} episodes" + (
+        f"; {args.video}" if args.video else ""
+    )
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Environments that isolate one faculty each, follow a written script, or misbehave; `register` names them probe/...
+"""Environments that isolate one faculty each, follow a script, or misbehave; `register` names them probe/...
 
 The first kind has answers known in advance, which a right agent reaches in seconds:
 
@@ -95,9 +95,9 @@ class Endless(Probe):
         return self.see(), 1.0, False, False, {}
 
 
-# Episodes of the scripted environment: the first observation, then for each step (reward, observation, ending). The episode's
-# number is the observation's tens, so that no observation occurs twice. Copies seeded evenly start with the first episode,
-# copies seeded oddly with the second.
+# Episodes of the scripted environment: the first observation, then for each step (reward, observation,
+# ending). The episode's number is the observation's tens, so that no observation occurs twice. Copies seeded
+# evenly start with the first episode, copies seeded oddly with the second.
 SCRIPT = [
     (10.0, [(1.0, 11.0, ""), (2.0, 12.0, "terminated")]),
     (20.0, [(3.0, 21.0, "truncated")]),
@@ -123,7 +123,7 @@ class Scripted(Probe):
 
 
 class Faulty(Probe):
-    """Episodes of 3 steps; what `fault` names goes wrong at the `at`-th step (or reset) of the environment's life."""
+    """Episodes of 3 steps; what `fault` names goes wrong at the `at`-th step (or reset) of its life."""
 
     def __init__(self, fault, at=40):
         self.fault, self.at, self.count, self.resets, self.t = fault, at, 0, 0, 0

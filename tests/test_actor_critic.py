@@ -1,4 +1,5 @@
-"""The actor-critic: advantages by hand and by enumeration (tiny_mdp.py), its update against torch's parts, whole runs."""
+"""The actor-critic: advantages by hand and by enumeration (tiny_mdp.py), its update against torch's parts,
+whole runs."""
 
 import csv
 import re
@@ -36,9 +37,10 @@ from zoo.common.run import Run
 
 F64 = torch.float64
 
-# --- advantages by hand ---------------------------------------------------------------------------------------------------
+# --- advantages by hand -------------------------------------------------------------------------------------
 
-# gamma 1/2. One environment sees a termination (row 1), a truncation (row 2) and the rollout's boundary (row 4):
+# gamma 1/2. One environment sees a termination (row 1), a truncation (row 2) and the rollout's boundary (row
+# 4):
 #   delta_0 = 1 + 4/2 - 2 = 1      delta_1 = 2 - 4 = -2 (terminated: V' = 100 is worth nothing)
 #   delta_2 = 3 + 8/2 - 6 = 1 (truncated: V' counts)      delta_3 = 4 + 2/2 - 10 = -5      delta_4 = 5 + 6/2 - 2 = 6
 #   returns of n steps: R_0 = 1 + 2/2, R_1 = 2, R_2 = 3 + 8/2, R_3 = 4 + 5/2 + 6/4, R_4 = 5 + 6/2
@@ -70,13 +72,17 @@ def test_a_rollouts_boundary_bootstraps_as_if_cut_there():
     assert cut.tolist() == [1, 4 + 2 / 2 - 10]
 
 
-# --- advantages by enumeration --------------------------------------------------------------------------------------------
+# --- advantages by enumeration ------------------------------------------------------------------------------
 
 
 def rollouts(steps):
-    """Every rollout of `steps` steps from a start, new episodes included: chances (M,), columns of states, actions, next
+    """Every rollout of `steps` steps from a start, new episodes included: chances (M,), columns of states,
+    actions, next
     states, terminated, truncated (T, M)."""
-    grown, pi = [(tiny_mdp.START[s].item(), s, 0, []) for s in (0, 1)], tiny_mdp.log_policy(tiny_mdp.THETA).exp()
+    grown, pi = (
+        [(tiny_mdp.START[s].item(), s, 0, []) for s in (0, 1)],
+        tiny_mdp.log_policy(tiny_mdp.THETA).exp(),
+    )
     for _ in range(steps):
         paths = []
         for chance, s, clock, rows in grown:
@@ -103,7 +109,8 @@ ESTIMATORS = {
 
 
 def expected(estimator, value):
-    """E[grad log pi(a_t|s_t) A_t | s_t = s] for both states, over all rows (2, 4), and E[A_0 | s_0, a_0] (2, 2)."""
+    """E[grad log pi(a_t|s_t) A_t | s_t = s] for both states, over all rows (2, 4), and E[A_0 | s_0, a_0] (2,
+    2)."""
     padded = torch.cat((value, torch.full((1,), 1e6, dtype=F64)))  # V after a termination must not matter
     advantage = estimator(tiny_mdp.REWARD[STATE, ACTION], value[STATE], padded[NEXT], ENDED, CUT)
     scores = tiny_mdp.score(STATE.flatten(), ACTION.flatten()).view(*STATE.shape, 4)
@@ -146,7 +153,9 @@ def test_with_the_true_v_the_expectation_is_exact(name):
 def test_with_a_wrong_v_longer_sums_are_less_biased():
     """S3 5.12; and with the true V shorter ones vary less."""
     wrong = tiny_mdp.true_value(0.8) + torch.tensor([1.0, -2.0], dtype=F64)
-    bias = {name: (expected(f, wrong)[0] - exact_gradients(0.8)).norm().item() for name, f in ESTIMATORS.items()}
+    bias = {
+        name: (expected(f, wrong)[0] - exact_gradients(0.8)).norm().item() for name, f in ESTIMATORS.items()
+    }
     assert bias["td"] > bias["gae"] > bias["n-step"] > 0.01, bias
     value = torch.cat((tiny_mdp.true_value(0.8), torch.zeros(1, dtype=F64)))
     spread = {}
@@ -156,7 +165,7 @@ def test_with_a_wrong_v_longer_sums_are_less_biased():
     assert spread["td"] < spread["gae"] < spread["n-step"], spread
 
 
-# --- the importance ratio, the loss, the optimiser ------------------------------------------------------------------------
+# --- the importance ratio, the loss, the optimiser ----------------------------------------------------------
 
 
 def test_effective_sample_size_by_hand():
@@ -167,7 +176,8 @@ def test_effective_sample_size_by_hand():
 @pytest.mark.parametrize("old_noise", [0.0, 0.4])
 @pytest.mark.parametrize("discrete", [True, False])
 def test_the_ratios_gradient_equals_the_formula(discrete, old_noise):
-    """S3 (17): 1/n sum_i w_i grad log pi(a_i|s_i) A_i, and the plain policy gradient where pi is pi_old (w = 1)."""
+    """S3 (17): 1/n sum_i w_i grad log pi(a_i|s_i) A_i, and the plain policy gradient where pi is pi_old (w =
+    1)."""
     torch.manual_seed(0)
     obs, advantage = torch.randn(6, 5, 3, dtype=F64), torch.randn(6, 5, dtype=F64)
     action = torch.randint(4, (6, 5)) if discrete else torch.randn(6, 5, 4, dtype=F64)
@@ -180,7 +190,10 @@ def test_the_ratios_gradient_equals_the_formula(discrete, old_noise):
     mean = obs.flatten(0, 1) @ params[:12].view(3, 4)
     flat = action.flatten(0, 1)
     if discrete:
-        by_mean, by_log_std = torch.nn.functional.one_hot(flat, 4) - mean.softmax(-1), torch.zeros(30, 4, dtype=F64)
+        by_mean, by_log_std = (
+            torch.nn.functional.one_hot(flat, 4) - mean.softmax(-1),
+            torch.zeros(30, 4, dtype=F64),
+        )
     else:
         z = (flat - mean) / params[12:].exp()
         by_mean, by_log_std = z / params[12:].exp(), z**2 - 1
@@ -190,7 +203,9 @@ def test_the_ratios_gradient_equals_the_formula(discrete, old_noise):
     weight = (log_w.exp() * advantage).flatten() / 30
     formula = torch.cat(((obs.flatten(0, 1).T @ (weight[:, None] * by_mean)).flatten(), weight @ by_log_std))
     args = Args(value_coef=0.0, entropy_coef=0.0)
-    gradient, metrics = grad(actor_critic_loss, has_aux=True)(params, batch, advantage, advantage, forward, args)
+    gradient, metrics = grad(actor_critic_loss, has_aux=True)(
+        params, batch, advantage, advantage, forward, args
+    )
     torch.testing.assert_close(-gradient, formula)
     w = log_w.exp()
     assert metrics["effective_sample_size"].item() == pytest.approx((w.sum() ** 2 / (w**2).sum() / 30).item())
@@ -214,7 +229,7 @@ def test_rmsprop_equals_torchs():
         torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=2e-6)
 
 
-# --- what train hands to the update, and what the update makes of it ------------------------------------------------------
+# --- what train hands to the update, and what the update makes of it ----------------------------------------
 
 SMALL = dict(
     num_envs=16, num_steps=5, learning_rate=0.01, hidden=(16,), gamma=0.9, eval_every=0, total_steps=80 * 100, entropy_coef=0.0,
@@ -229,12 +244,15 @@ def small(folder, env, **changes):
 def rows(folder):
     """progress.csv without the clocks."""
     with open(Path(folder) / "progress.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in ("wall_time", "sps")} for row in csv.DictReader(file)]
+        return [
+            {k: v for k, v in row.items() if k not in ("wall_time", "sps")} for row in csv.DictReader(file)
+        ]
 
 
 @pytest.fixture
 def spy(monkeypatch):
-    """The functions that train hands to compile_function, and the arguments and results of their calls, by name."""
+    """The functions that train hands to compile_function, and the arguments and results of their calls, by
+    name."""
     seen = SimpleNamespace(functions={}, calls={})
 
     def record(function, device, enabled):
@@ -253,7 +271,8 @@ def spy(monkeypatch):
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_batches_hold_the_transitions_as_they_were(tmp_path, spy, scaled):
-    """The script of probes.py by two copies, four steps a rollout: true successors, normalised as when they were acted on."""
+    """The script of probes.py by two copies, four steps a rollout: true successors, normalised as when they
+    were acted on."""
     from test_envs import FIRST, SECOND
 
     actor_critic.train(small(
@@ -276,7 +295,9 @@ def test_batches_hold_the_transitions_as_they_were(tmp_path, spy, scaled):
                 sums[copy] *= 0.9 * (1 - max(terminated, truncated))
         deviation = np.std(history) if scaled else 1.0
         expected = [[row[1] / deviation for row in script[4 * i : 4 * i + 4]] for script in (FIRST, SECOND)]
-        torch.testing.assert_close(batch.reward.T, torch.tensor(expected, dtype=torch.float32), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            batch.reward.T, torch.tensor(expected, dtype=torch.float32), rtol=1e-5, atol=1e-5
+        )
         log_prob = torch.stack([
             forward_of(spy)(params, obs)[0].log_prob(action)
             for obs, action in zip(batch.obs, batch.action, strict=True)
@@ -293,7 +314,8 @@ def forward_of(spy):
 @pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
 @pytest.mark.parametrize("advantage", ["td", "n-step", "gae"])
 def test_an_update_equals_torchs_own_parts(tmp_path, spy, advantage, optimizer):
-    """Advantages row by row in Python, the loss by torch.distributions and backward, torch's clipping and optimiser."""
+    """Advantages row by row in Python, the loss by torch.distributions and backward, torch's clipping and
+    optimiser."""
     args = small(
         tmp_path, "probe/Scripted-v0", num_envs=3, num_steps=6, total_steps=18 * 4, advantage=advantage, optimizer=optimizer,
         off_policy_epochs=3, entropy_coef=0.03, value_coef=0.7, gae_lambda=0.6, max_grad_norm=0.1, scale_rewards=True,
@@ -309,20 +331,26 @@ def test_an_update_equals_torchs_own_parts(tmp_path, spy, advantage, optimizer):
         assert learning_rate.item() == pytest.approx(0.01 * (1 - i // 3 / 4))
         torch.testing.assert_close(params, theirs.detach(), rtol=1e-4, atol=1e-5)
         dist, value = forward(theirs, batch.obs.flatten(0, 1))
-        v, v2 = value.detach().view(6, 3), forward(theirs, batch.next_obs.flatten(0, 1))[1].detach().view(6, 3)
+        v, v2 = (
+            value.detach().view(6, 3),
+            forward(theirs, batch.next_obs.flatten(0, 1))[1].detach().view(6, 3),
+        )
         lam = dict(td=0.0, gae=0.6)
         target = torch.zeros(6, 3)
         for n in range(3):
             for t in range(6):
                 total, factor = 0.0, 1.0
                 for k in range(t, 6):  # the sum of (gamma lambda)^l delta, stopped at an episode's end
-                    total += factor * (batch.reward[k, n] + 0.9 * v2[k, n] * (not batch.terminated[k, n]) - v[k, n])
+                    total += factor * (
+                        batch.reward[k, n] + 0.9 * v2[k, n] * (not batch.terminated[k, n]) - v[k, n]
+                    )
                     factor *= 0.9 * lam.get(advantage, 1.0)
                     if batch.terminated[k, n] or batch.truncated[k, n]:
                         break
                 target[t, n] = total
         ratio = (
-            torch.distributions.Categorical(logits=dist.logits).log_prob(batch.action.flatten()) - batch.log_prob.flatten()
+            torch.distributions.Categorical(logits=dist.logits).log_prob(batch.action.flatten())
+            - batch.log_prob.flatten()
         ).exp()
         entropy = torch.distributions.Categorical(logits=dist.logits).entropy().mean()
         v_loss = torch.nn.functional.mse_loss(value, (target + v).flatten())
@@ -346,7 +374,13 @@ def test_more_epochs_wear_the_batch_out(tmp_path):
     """With every update on the same batch less of it counts."""
     shares = []
     for epochs in (1, 4, 16):
-        args = small(tmp_path / str(epochs), "CartPole-v1", total_steps=80 * 8, off_policy_epochs=epochs, report_every=80)
+        args = small(
+            tmp_path / str(epochs),
+            "CartPole-v1",
+            total_steps=80 * 8,
+            off_policy_epochs=epochs,
+            report_every=80,
+        )
         actor_critic.train(args)
         shares.append(np.mean([float(row["effective_sample_size"]) for row in rows(args.run_dir)]))
     assert shares[0] == pytest.approx(1, abs=1e-6) and 1 > shares[1] > shares[2] and shares[2] < 0.99
@@ -354,7 +388,9 @@ def test_more_epochs_wear_the_batch_out(tmp_path):
 
 def test_a_batch_of_one_transition(tmp_path):
     """The textbook's actor-critic learns from every step: a batch without a spread is no fault."""
-    args = small(tmp_path, "probe/Scripted-v0", num_envs=1, num_steps=1, total_steps=12, report_every=1, advantage="td")
+    args = small(
+        tmp_path, "probe/Scripted-v0", num_envs=1, num_steps=1, total_steps=12, report_every=1, advantage="td"
+    )
     actor_critic.train(args)
     assert [int(row["step"]) for row in rows(tmp_path)] == list(range(1, 13))
 
@@ -363,24 +399,42 @@ def test_reports_gather_updates_and_no_step_is_lost(tmp_path):
     args = small(tmp_path, "probe/Scripted-v0", num_envs=2, num_steps=4, total_steps=105, report_every=30)
     actor_critic.train(args)
     table = rows(tmp_path)
-    assert [int(row["step"]) for row in table] == [24, 48, 72, 96, 104]  # three updates of 8 a report, one more at the end
+    assert [int(row["step"]) for row in table] == [
+        24,
+        48,
+        72,
+        96,
+        104,
+    ]  # three updates of 8 a report, one more at the end
     assert float(table[1]["learning_rate"]) == pytest.approx(0.01 * (1 - 40 / 105))
-    args = small(tmp_path / "b", "probe/Scripted-v0", num_envs=2, num_steps=4, total_steps=24, report_every=1, anneal=False)
+    args = small(
+        tmp_path / "b",
+        "probe/Scripted-v0",
+        num_envs=2,
+        num_steps=4,
+        total_steps=24,
+        report_every=1,
+        anneal=False,
+    )
     actor_critic.train(args)
     assert [int(row["step"]) for row in rows(tmp_path / "b")] == [8, 16, 24]
     assert [float(row["learning_rate"]) for row in rows(tmp_path / "b")] == pytest.approx([0.01] * 3)
 
 
-# --- probe environments ---------------------------------------------------------------------------------------------------
+# --- probe environments -------------------------------------------------------------------------------------
 
 
 def learnt(args):
-    """What a run leaves in agent.pt: V of observations, and the deterministic policy's actions in the environment's scale."""
+    """What a run leaves in agent.pt: V of observations, and the deterministic policy's actions in the
+    environment's scale."""
     actor_critic.train(args)
     acting = load_checkpoint(Path(args.run_dir) / "agent.pt", "--agent", "actor_critic")["state"]
     envs = make_envs(args.env, 1)
     net = actor_critic.ActorCritic(envs, args.hidden, args.log_std, args.shared_network)
-    params, policy = actor_critic.flatten(net)[1](acting["params"]), actor_critic.make_policy(envs, args, acting)
+    params, policy = (
+        actor_critic.flatten(net)[1](acting["params"]),
+        actor_critic.make_policy(envs, args, acting),
+    )
 
     def value(*obs):
         seen = normalize(torch.tensor(obs, dtype=torch.float32)[:, None], acting["obs_stats"])
@@ -402,8 +456,11 @@ def test_probe_values(tmp_path, advantage):
 
 @pytest.mark.parametrize("advantage", ["td", "n-step", "gae"])
 def test_probe_time_limit_is_no_end_of_the_world(tmp_path, advantage):
-    """Reward 1 for ever, cut every 5 steps: V = 1 / (1 - 0.9), where a truncation taken for a termination makes at most 4.1."""
-    value, _ = learnt(small(tmp_path, "probe/Endless-v0", advantage=advantage, learning_rate=0.03, total_steps=80 * 250))
+    """Reward 1 for ever, cut every 5 steps: V = 1 / (1 - 0.9), where a truncation taken for a termination
+    makes at most 4.1."""
+    value, _ = learnt(
+        small(tmp_path, "probe/Endless-v0", advantage=advantage, learning_rate=0.03, total_steps=80 * 250)
+    )
     assert value(0) == pytest.approx([10.0], abs=0.7)
 
 
@@ -424,7 +481,7 @@ def test_probe_acting_on_the_observation_in_a_box(tmp_path, changes):
     assert act(-1, 1) == pytest.approx([3.0, 5.0], abs=0.3)
 
 
-# --- whole runs -----------------------------------------------------------------------------------------------------------
+# --- whole runs ---------------------------------------------------------------------------------------------
 
 
 def test_compiled_equals_eager(tmp_path):
@@ -443,11 +500,18 @@ def test_compiled_equals_eager(tmp_path):
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 def test_the_same_seed_gives_the_same_table(tmp_path, env):
-    changes = dict(total_steps=800, eval_every=400, eval_episodes=2, normalize_obs=True, scale_rewards=True, report_every=160)
+    changes = dict(
+        total_steps=800,
+        eval_every=400,
+        eval_episodes=2,
+        normalize_obs=True,
+        scale_rewards=True,
+        report_every=160,
+    )
     tables = []
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
         torch.manual_seed(99)  # nothing of the process's own generators may matter
-        np.random.seed(len(tables))  # noqa: NPY002
+        np.random.seed(len(tables))
         actor_critic.train(small(tmp_path / name, env, seed=seed, **changes))
         tables.append(rows(tmp_path / name))
     assert tables[0] == tables[1] != tables[2] and len(tables[0]) == 5
@@ -456,13 +520,17 @@ def test_the_same_seed_gives_the_same_table(tmp_path, env):
 
 @pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
 def test_a_stopped_run_resumed_equals_one_that_was_not(tmp_path, monkeypatch, optimizer):
-    """On a task without memory across steps nothing but the checkpoint's content matters, so the tables are equal."""
+    """On a task without memory across steps nothing but the checkpoint's content matters, so the tables are
+    equal."""
     changes = dict(
         normalize_obs=True, scale_rewards=True, total_steps=80 * 7, checkpoint_every=1e-9, report_every=80, optimizer=optimizer,
         off_policy_epochs=2,
     )  # fmt: skip
-    whole, halves = (small(tmp_path / name, "probe/ActOnObsBox-v0", **changes) for name in ("whole", "halves"))
-    # resets draw observations from an environment's generator, which a resumed run seeds anew: here by the step alone
+    whole, halves = (
+        small(tmp_path / name, "probe/ActOnObsBox-v0", **changes) for name in ("whole", "halves")
+    )
+    # resets draw observations from an environment's generator, which a resumed run seeds anew: here by the
+    # step alone
     collect, calls = actor_critic.collect, []
 
     def collect_reseeded(envs, obs, act, noise):
@@ -508,7 +576,9 @@ def command_line(monkeypatch, capsys):
 
 def test_cartpole_is_learnt(tmp_path, command_line):
     """The task's own settings, from the command line."""
-    status, out, _ = command_line("--env", "CartPole-v1", "--total-steps", 60000, "--no-compile", "--run-dir", tmp_path)
+    status, out, _ = command_line(
+        "--env", "CartPole-v1", "--total-steps", 60000, "--no-compile", "--run-dir", tmp_path
+    )
     assert status == 0
     assert float(re.fullmatch(r"final evaluation: (\S+) ± \S+ over 10 episodes", out[-1])[1]) >= 450
 
@@ -526,13 +596,17 @@ def test_cartpole_is_learnt(tmp_path, command_line):
     ],
 )
 def test_arguments_that_cannot_work(tmp_path, command_line, argv, words):
-    status, _, lines = command_line("--env", "probe/Act-v0", "--no-compile", "--run-dir", tmp_path / "run", *argv)
+    status, _, lines = command_line(
+        "--env", "probe/Act-v0", "--no-compile", "--run-dir", tmp_path / "run", *argv
+    )
     assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     assert all(word in lines[0] for word in words), lines[0]
     assert not (tmp_path / "run").exists()
 
 
 def test_a_diverging_run_stops_and_names_what_became_infinite(tmp_path, command_line):
-    status, _, lines = command_line("--env", "probe/ActBox-v0", "--learning-rate", 1e30, "--no-compile", "--run-dir", tmp_path)
+    status, _, lines = command_line(
+        "--env", "probe/ActBox-v0", "--learning-rate", 1e30, "--no-compile", "--run-dir", tmp_path
+    )
     assert status == 1 and re.match(r"error: .*(became|non-finite)", lines[0]), lines
     assert not (tmp_path / "agent.pt").exists()

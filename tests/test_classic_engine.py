@@ -1,4 +1,4 @@
-"""The classic-control engine against Gymnasium's own environments: the same seeds and actions, equal to the bit."""
+"""The classic-control engine against Gymnasium's environments: same seeds, same actions, equal to the bit."""
 
 import gymnasium as gym
 import numpy as np
@@ -29,7 +29,7 @@ def pair(env_id, n, **parameters):
 
 
 def pump(env_id, obs, rng):
-    """Actions that reach the goals and the walls: with the velocity, at random now and then; a wide spread."""
+    """Actions that reach the goals and the walls: with the velocity, at random now and then."""
     n, random = len(obs), rng.random(len(obs)) < 0.3
     if env_id.startswith("MountainCar-"):
         return np.where(random, rng.integers(0, 3, n), np.where(obs[:, 1] > 0, 2, 0))

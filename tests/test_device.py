@@ -1,4 +1,5 @@
-"""Eager, compiled and captured functions give the same numbers; no compiler, no CUDA; parameters as one vector."""
+"""Eager, compiled and captured functions give the same numbers; no compiler, no CUDA; parameters as one
+vector."""
 
 import os
 import subprocess
@@ -59,7 +60,9 @@ def many_updates(update, first, steps):
 
 
 def test_compiled_updates_equal_eager_ones(tmp_path, monkeypatch, capsys):
-    update, first = ppos_update(monkeypatch, tmp_path, "Pendulum-v1", surrogate="clip", value_clip=0.2, entropy_coef=0.01)
+    update, first = ppos_update(
+        monkeypatch, tmp_path, "Pendulum-v1", surrogate="clip", value_clip=0.2, entropy_coef=0.01
+    )
     start = first[0].clone()
     compiled = compile_function(update, CPU)
     ours, theirs = (many_updates(function, first, 200) for function in (compiled, update))
@@ -74,7 +77,8 @@ def test_compiled_updates_equal_eager_ones(tmp_path, monkeypatch, capsys):
 
 
 def test_one_code_with_other_constants_is_compiled_anew():
-    """Two runs in one process: train's inner functions share their code, but not the constants that they close over."""
+    """Two runs in one process: train's inner functions share their code, but not the constants that they
+    close over."""
 
     def scaling(factor):
         def scale(x):
@@ -109,7 +113,9 @@ def test_without_a_compiler_one_warning_and_the_same_result(monkeypatch, capsys)
     function = compile_function(double, CPU)
     assert [function(torch.tensor(float(i))).item() for i in range(3)] == [0.0, 2.0, 4.0]
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("warning: torch.compile failed, running double eagerly (no compiler found")
+    assert len(lines) == 1 and lines[0].startswith(
+        "warning: torch.compile failed, running double eagerly (no compiler found"
+    )
 
 
 def test_an_error_of_the_functions_own_is_raised(monkeypatch):
@@ -123,7 +129,8 @@ def test_an_error_of_the_functions_own_is_raised(monkeypatch):
 
 
 def test_a_run_without_a_compiler(tmp_path):
-    """For real: CXX names no compiler, and nothing is cached; one warning for the run, which then ends as it should."""
+    """For real: CXX names no compiler, and nothing is cached; one warning for the run, which then ends as it
+    should."""
     environment = os.environ | {
         "CXX": "/nonexistent",
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
@@ -133,8 +140,12 @@ def test_a_run_without_a_compiler(tmp_path):
         sys.executable, ppo.__file__, "--env", "CartPole-v1", "--total-steps", "512", "--num-epochs", "1", "--device", "cpu",
         "--run-dir", str(tmp_path / "run"), "--eval-episodes", "1",
     ]  # fmt: skip
-    path = os.pathsep.join([str(Path(ppo.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    run = subprocess.run(command, capture_output=True, text=True, env=environment | {"PYTHONPATH": path}, timeout=120)
+    path = os.pathsep.join(
+        [str(Path(ppo.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    run = subprocess.run(
+        command, capture_output=True, text=True, env=environment | {"PYTHONPATH": path}, timeout=120
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("final evaluation: ")
     lines = run.stderr.splitlines()
@@ -160,7 +171,9 @@ def test_flatten_and_back():
     assert all(torch.equal(views[name], parameter) for name, parameter in named.items())
     x = torch.randn(4, 3)
     torch.testing.assert_close(functional_call(net, views, (x,)), net(x))
-    torch.testing.assert_close(functional_call(net, unflatten(torch.zeros_like(vector)), (x,)), torch.zeros(4, 5))
+    torch.testing.assert_close(
+        functional_call(net, unflatten(torch.zeros_like(vector)), (x,)), torch.zeros(4, 5)
+    )
     vector += 1  # a copy of the module's parameters, of which the views are views
     assert views["scale"] == 3.0 and net.scale == 2.0
 
@@ -169,7 +182,10 @@ def test_setup():
     threads = torch.get_num_threads()
     try:
         assert setup("cpu", 2) == CPU and torch.get_num_threads() == 2
-        assert setup("auto").type == ("cuda" if torch.cuda.is_available() else "cpu") and torch.get_num_threads() == 1
+        assert (
+            setup("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+            and torch.get_num_threads() == 1
+        )
     finally:
         torch.set_num_threads(threads)
 
@@ -188,12 +204,16 @@ def test_a_generator_goes_on_or_begins_anew_where_the_state_is_another_devices()
     assert torch.equal(torch.randn(9, generator=restored), torch.randn(9, generator=source))
 
     restore_generator(restored, torch.zeros(16, dtype=torch.uint8), seed=7)  # the size of a CUDA generator's
-    assert torch.equal(torch.randn(9, generator=restored), torch.randn(9, generator=torch.Generator().manual_seed(7)))
+    assert torch.equal(
+        torch.randn(9, generator=restored), torch.randn(9, generator=torch.Generator().manual_seed(7))
+    )
 
 
 @cuda
 def test_captured_updates_equal_eager_ones(tmp_path, monkeypatch, capsys):
-    update, first = ppos_update(monkeypatch, tmp_path, "Pendulum-v1", where="cuda", value_clip=0.2, entropy_coef=0.01)
+    update, first = ppos_update(
+        monkeypatch, tmp_path, "Pendulum-v1", where="cuda", value_clip=0.2, entropy_coef=0.01
+    )
     captured = compile_function(update, torch.device("cuda"))
     ours, theirs = (many_updates(function, first, 200) for function in (captured, update))
     assert capsys.readouterr().err == ""
@@ -203,7 +223,9 @@ def test_captured_updates_equal_eager_ones(tmp_path, monkeypatch, capsys):
 
 @cuda
 def test_captured_results_survive_the_next_call_and_shapes_may_change():
-    function = compile_function(lambda x, state: (2 * x, {"sum": state["sum"] + x.sum()}), torch.device("cuda"))
+    function = compile_function(
+        lambda x, state: (2 * x, {"sum": state["sum"] + x.sum()}), torch.device("cuda")
+    )
     state, results = {"sum": torch.zeros((), device="cuda")}, []
     for n in (3, 3, 5, 3):
         doubled, state = function(torch.full((n,), float(n), device="cuda"), state)
@@ -216,7 +238,14 @@ def test_captured_results_survive_the_next_call_and_shapes_may_change():
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 def test_a_run_on_cuda_and_its_resumption(tmp_path, env):
     args = dict(
-        env=env, num_envs=8, num_steps=16, minibatch_size=64, num_epochs=2, device="cuda", progress=False, eval_episodes=2
+        env=env,
+        num_envs=8,
+        num_steps=16,
+        minibatch_size=64,
+        num_epochs=2,
+        device="cuda",
+        progress=False,
+        eval_episodes=2,
     )
     assert np.isfinite(ppo.train(ppo.Args(**args, total_steps=512, run_dir=str(tmp_path))))
     assert np.isfinite(ppo.train(ppo.Args(**args, total_steps=1024, resume=str(tmp_path))))

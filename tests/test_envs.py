@@ -1,4 +1,4 @@
-"""The transition contract: what `VectorEnv.step` yields and `ppo.collect` gathers; spaces, actions, faults of environments."""
+"""The transition contract: what `VectorEnv.step` yields and `ppo.collect` gathers; spaces, faults."""
 
 import re
 import subprocess
@@ -21,15 +21,15 @@ def act_0(obs, noise):
     return torch.zeros(len(obs), dtype=torch.int64)
 
 
-# Eight steps of the script in probes.py by two copies; the second begins with the second episode. Columns: obs, reward,
-# next_obs, terminated, truncated. The script starts anew after its fifth episode.
+# Eight steps of the script in probes.py by two copies; the second begins with the second episode. Columns:
+# obs, reward, next_obs, terminated, truncated. The script starts anew after its fifth episode.
 FIRST = [
-    (10, 1, 11, 0, 0), (11, 2, 12, 1, 0), (20, 3, 21, 0, 1), (30, 4, 31, 0, 0), (31, 5, 32, 0, 0), (32, 6, 33, 0, 1),
-    (40, 7, 41, 1, 0), (50, 8, 51, 1, 1),
+    (10, 1, 11, 0, 0), (11, 2, 12, 1, 0), (20, 3, 21, 0, 1), (30, 4, 31, 0, 0),
+    (31, 5, 32, 0, 0), (32, 6, 33, 0, 1), (40, 7, 41, 1, 0), (50, 8, 51, 1, 1),
 ]  # fmt: skip
 SECOND = [
-    (20, 3, 21, 0, 1), (30, 4, 31, 0, 0), (31, 5, 32, 0, 0), (32, 6, 33, 0, 1), (40, 7, 41, 1, 0), (50, 8, 51, 1, 1),
-    (10, 1, 11, 0, 0), (11, 2, 12, 1, 0),
+    (20, 3, 21, 0, 1), (30, 4, 31, 0, 0), (31, 5, 32, 0, 0), (32, 6, 33, 0, 1),
+    (40, 7, 41, 1, 0), (50, 8, 51, 1, 1), (10, 1, 11, 0, 0), (11, 2, 12, 1, 0),
 ]  # fmt: skip
 # (return, length) in the order in which they end; of two that end in one step the first copy's stands first
 EPISODES = [(3, 1), (3, 2), (3, 1), (15, 3), (7, 1), (15, 3), (8, 1), (7, 1), (8, 1), (3, 2)]
@@ -61,7 +61,7 @@ def test_a_collected_batch_is_the_script():
 
 
 def test_a_batch_goes_on_where_the_last_one_stopped():
-    """A rollout's boundary is no episode's end: returns and lengths run on, and the last row's successor is the next row."""
+    """A rollout's boundary ends no episode: returns run on, and the last row's successor is the next row."""
     envs = make_envs("probe/Scripted-v0", 2)
     obs, rows, ended = envs.reset(range(envs.num_envs)), [], []
     for _ in range(4):
@@ -100,7 +100,7 @@ def test_the_collected_action_is_what_was_acted_and_what_act_saw_is_the_obs():
 @pytest.mark.parametrize("engine", ["classic", "gymnasium"])
 @pytest.mark.parametrize("vectorize", [False, True])
 def test_cartpole_equals_gymnasiums(vectorize, engine):
-    """Seeds and actions alike: a plain loop with a manual reset, and SyncVectorEnv in the mode that fills in no rows."""
+    """Seeds and actions alike: a loop with a manual reset, and SyncVectorEnv where it has no filler rows."""
     n, steps = 3, 300
     actions = np.random.default_rng(0).integers(0, 2, (steps, n))
     envs = make_envs("CartPole-v1", n, engine)
@@ -143,12 +143,12 @@ def test_a_time_limit_truncates_and_keeps_the_successor():
     assert steps[4].episodes == steps[9].episodes == [(5.0, 5)]
 
 
-# --- spaces and actions ---------------------------------------------------------------------------------------------------
+# --- spaces and actions -------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("error")
 def test_box_actions_are_mapped_to_the_bounds():
-    """Bounds [-4, 4], [0, 1], [1, inf), (-inf, inf): the policy's [-1, 1] spans the first two, the others take it as it is."""
+    """Bounds [-4, 4], [0, 1], [1, inf), (-inf, inf): [-1, 1] spans the first two, the others do without."""
     envs = make_envs("probe/Bounds-v0", 2)
     envs.reset(range(envs.num_envs))
     envs.step(np.array([[0.5, 0.5, 3.0, 300.0], [-1.0, -1.0, 1.5, -300.0]], np.float32))
@@ -162,7 +162,7 @@ def test_box_actions_are_mapped_to_the_bounds():
 
 @pytest.mark.filterwarnings("error")
 def test_huge_bounds_are_none(capsys):
-    """+-1e6, [0, the largest float32] and twice that: as with no bounds, but clipped. [1e6, 1e6 + 2] is scaled."""
+    """+-1e6, [0, the largest float32] and +-that: no bounds, but clipped. [1e6, 1e6 + 2] is scaled."""
     vector_env._warn_once.cache_clear()
     envs = make_envs("probe/BoxHuge-v0", 1)
     warning = capsys.readouterr().err
@@ -290,14 +290,15 @@ def test_no_environments():
         make_envs("CartPole-v1", 0)
 
 
-# --- engines --------------------------------------------------------------------------------------------------------------
+# --- engines ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(Batch is None, reason="needs MuJoCo 4.0 or later")
 def test_the_engine_is_chosen_by_the_task():
     engines = {(env_id, engine): make_envs(env_id, 1, engine, threads=1).engine for env_id, engine in (
-        ("CartPole-v1", "auto"), ("CartPole-v1", "classic"), ("CartPole-v1", "gymnasium"), ("HalfCheetah-v4", "auto"),
-        ("HalfCheetah-v4", "mujoco"), ("HalfCheetah-v4", "gymnasium"), ("probe/Act-v0", "auto"),
+        ("CartPole-v1", "auto"), ("CartPole-v1", "classic"), ("CartPole-v1", "gymnasium"),
+        ("HalfCheetah-v4", "auto"), ("HalfCheetah-v4", "mujoco"), ("HalfCheetah-v4", "gymnasium"),
+        ("probe/Act-v0", "auto"),
     )}  # fmt: skip
     assert list(engines.values()) == [
         "classic",
@@ -349,13 +350,13 @@ def test_no_two_of_the_engines_files_import_each_other():
 
 @pytest.mark.skipif(Batch is None, reason="needs MuJoCo 4.0 or later")
 def test_mujoco_is_imported_for_its_tasks_only():
-    code = "import sys; from zoo.common.envs import make_envs; make_envs({!r}, 1); print('mujoco' in sys.modules)"
+    code = "import sys, zoo.common.envs as e; e.make_envs({!r}, 1); print('mujoco' in sys.modules)"
     for env_id, imported in (("CartPole-v1", "False"), ("Swimmer-v5", "True")):
         run = [sys.executable, "-c", code.format(env_id)]
         assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() == imported
 
 
-# --- faults of environments -----------------------------------------------------------------------------------------------
+# --- faults of environments ---------------------------------------------------------------------------------
 
 
 def run_until_fault(name, seed=0):
@@ -458,7 +459,7 @@ MISFITS = [
 
 @pytest.mark.parametrize(("method", "given", "message"), MISFITS)
 def test_what_breaks_gymnasiums_api_is_told_in_one_line(method, given, message):
-    """An old step's info would be taken for `truncated`, a smaller observation broadcast, and training would go on."""
+    """An old step's info would be taken for `truncated`, a small observation broadcast, unnoticed."""
     envs = make_envs("probe/Misfit-v0", 3)
     envs.reset(range(3))
     assert envs.step(np.zeros(3, int)).next_obs.tolist() == [[0.25, 0.5]] * 3

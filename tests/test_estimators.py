@@ -1,4 +1,5 @@
-"""scripts/estimators.py: its statistics on numbers that are known, its forms against plain loops, a tiny run of the whole."""
+"""scripts/estimators.py: its statistics on numbers that are known, its forms against plain loops, a tiny run
+of the whole."""
 
 import csv
 import math
@@ -12,14 +13,18 @@ import torch
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-import estimators  # noqa: E402
+import estimators
 
-from zoo import ppo  # noqa: E402
+from zoo import ppo
 
 
 def episode(length, truncated, seed=0):
     g = torch.Generator().manual_seed(seed)
-    obs, reward, value = torch.randn(length, 4, generator=g), torch.randn(length, generator=g), torch.randn(length, generator=g)
+    obs, reward, value = (
+        torch.randn(length, 4, generator=g),
+        torch.randn(length, generator=g),
+        torch.randn(length, generator=g),
+    )
     return estimators.Episode(obs, torch.zeros(length), reward, obs[0], truncated, value, torch.tensor(1.5))
 
 
@@ -31,7 +36,10 @@ def test_n_step_of_every_row(truncated):
         found = estimators.every_n_step(e.columns(), n, gamma)
         for t in range(7):
             end = min(t + n, 7)
-            plain = sum(gamma ** (k - t) * e.reward[k].item() for k in range(t, end)) + gamma ** (end - t) * values[end]
+            plain = (
+                sum(gamma ** (k - t) * e.reward[k].item() for k in range(t, end))
+                + gamma ** (end - t) * values[end]
+            )
             assert found[t].item() == pytest.approx(plain - values[t], abs=1e-5)
     assert torch.allclose(found, estimators.to_go(e, gamma) - e.value, atol=1e-5)
 
@@ -44,11 +52,15 @@ def test_off_policy_forms():
     rewards = [*e.reward.tolist(), 1.5]  # the last one is the value beyond the time limit
     for t in range(5):
         past = math.prod(w[: t + 1].tolist())
-        causal = sum(gamma ** (k - t) * rewards[k] * math.prod(w[t + 1 : k + 1].tolist()) for k in range(t, 6))
+        causal = sum(
+            gamma ** (k - t) * rewards[k] * math.prod(w[t + 1 : k + 1].tolist()) for k in range(t, 6)
+        )
         plain = sum(gamma ** (k - t) * rewards[k] for k in range(t, 6))
         v = e.value[t].item()
         assert found["causal products (S4 A.3)"][t].item() == pytest.approx(past * (causal - v), rel=1e-4)
-        assert found["w_t twice (S4 2.10)"][t].item() == pytest.approx(past * w[t].item() * (causal - v), rel=1e-4)
+        assert found["w_t twice (S4 2.10)"][t].item() == pytest.approx(
+            past * w[t].item() * (causal - v), rel=1e-4
+        )
         assert found["past products (S4 2.11)"][t].item() == pytest.approx(past * (plain - v), rel=1e-4)
         assert found["one ratio (S4 2.13)"][t].item() == pytest.approx(w[t].item() * (plain - v), rel=1e-4)
         clipped_away = w[t] > 1.2 if plain > v else w[t] < 0.8
@@ -60,13 +72,16 @@ def test_off_policy_forms():
 
 
 def test_measures_of_known_numbers():
-    """Episodes drawn around a known mean: the variance, a bias put in, none found where there is none; within 5 errors."""
+    """Episodes drawn around a known mean: the variance, a bias put in, none found where there is none; within
+    5 errors."""
     g, mean = torch.Generator().manual_seed(0), torch.zeros(50)
     mean[0] = 2.0
     true = mean + torch.randn(400, 50, generator=g)
     shifted = true + 0.5 * torch.randn(400, 50, generator=g)
     shifted[:, 1] += 1.0
-    found = {quantity: (value, error) for quantity, value, error in estimators.measures(shifted, true, mean, 4.0)}
+    found = {
+        quantity: (value, error) for quantity, value, error in estimators.measures(shifted, true, mean, 4.0)
+    }
     for quantity, right in (("variance", 50 * 1.25 / 4), ("bias", 0.5)):
         value, error = found[quantity]
         assert abs(value - right) < 5 * error and error < 0.1 * right
@@ -106,7 +121,12 @@ def test_the_whole_script(tiny, monkeypatch, capsys):
             for r in t
             if r["stage"] == stage
         }
-        same = [("gae", "GAE", 1.0), ("n_step", "n-step", math.inf), ("psi", "to-go - V", 2.0), ("baselines", "V", 3.0)]
+        same = [
+            ("gae", "GAE", 1.0),
+            ("n_step", "n-step", math.inf),
+            ("psi", "to-go - V", 2.0),
+            ("baselines", "V", 3.0),
+        ]
         assert len({round(float(here[*key, "variance"]["value"]), 3) for key in same}) == 1
         same = [("gae", "GAE", 0.0), ("n_step", "n-step", 1.0), ("psi", "TD, agent's V", 4.0)]
         assert len({round(float(here[*key, "variance"]["value"]), 3) for key in same}) == 1
@@ -117,7 +137,10 @@ def test_the_whole_script(tiny, monkeypatch, capsys):
     (folder / "results" / "gae.png").unlink()
     assert call(monkeypatch, argv) == 0 and (folder / "results" / "gae.png").exists()
     (folder / "results" / "gae.png").unlink()
-    assert call(monkeypatch, ["--plots", "--results", folder / "results"]) == 0 and (folder / "results" / "gae.png").exists()
+    assert (
+        call(monkeypatch, ["--plots", "--results", folder / "results"]) == 0
+        and (folder / "results" / "gae.png").exists()
+    )
 
 
 def test_scores_are_the_gradients_of_log_pi(tiny):
@@ -133,7 +156,9 @@ def test_scores_are_the_gradients_of_log_pi(tiny):
     assert torch.allclose(agent.scores(agent.theta, e.obs, e.action).sum(0), summed, atol=1e-4)
     assert estimators.ratios(agent, agent.theta, e).sub(1).abs().max() < 1e-6
     moved = estimators.moved(agent, summed, 0.01, e.obs)
-    kl = estimators.trpo.kl(*(estimators.as_trpo(agent.policy(x, e.obs)) for x in (agent.theta, moved))).mean()
+    kl = estimators.trpo.kl(
+        *(estimators.as_trpo(agent.policy(x, e.obs)) for x in (agent.theta, moved))
+    ).mean()
     assert kl.item() == pytest.approx(0.01, rel=0.02)
 
 
@@ -154,5 +179,7 @@ def test_scores_are_the_gradients_of_log_pi(tiny):
 def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, argv, words):
     assert call(monkeypatch, [*argv, "--results", tmp_path, "--runs", tmp_path / "runs"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words), error
+    assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words), (
+        error
+    )
     assert not (tmp_path / "runs").exists()

@@ -1,4 +1,4 @@
-"""The MuJoCo engine against Gymnasium's own environments: the same seeds and actions, compared step by step in float64."""
+"""The MuJoCo engine against Gymnasium's own environments: same seeds, same actions, compared in float64."""
 
 import gymnasium as gym
 import numpy as np
@@ -76,7 +76,7 @@ def test_trajectories_equal_gymnasium(env_id, parameters):
             np.testing.assert_array_equal(
                 getattr(ours, field), getattr(theirs, field), f"{field} at step {t}"
             )
-        # For a row of a matrix NumPy rounds Reacher's norm and the pendulum's squares otherwise than for one vector
+        # NumPy rounds Reacher's norm and the pendulum's squares otherwise for many rows than for one
         last_bit = 1e-14 if env_id.startswith(("Reacher", "InvertedDouble")) else 0
         np.testing.assert_allclose(ours.reward, theirs.reward, rtol=0, atol=last_bit)
         assert [length for _, length in ours.episodes] == [length for _, length in theirs.episodes]
@@ -85,7 +85,7 @@ def test_trajectories_equal_gymnasium(env_id, parameters):
 
 
 def test_every_v4_and_v5_task_is_served_or_known():
-    """A task that Gymnasium has and the engine does not is listed here, so that one silently lost is noticed."""
+    """A task that Gymnasium has and the engine does not stands here, so that one silently lost is noticed."""
     ids = {
         i
         for i in gym.registry

@@ -62,7 +62,10 @@ def test_a_constant_observation_stays_finite():
 
 
 def test_discounted_sums_by_hand():
-    reward, ended = torch.tensor([[1.0], [2.0], [4.0], [8.0]]), torch.tensor([[False], [True], [False], [False]])
+    reward, ended = (
+        torch.tensor([[1.0], [2.0], [4.0], [8.0]]),
+        torch.tensor([[False], [True], [False], [False]]),
+    )
     sums, carry = discounted_sums(reward, ended, torch.tensor([10.0]), 0.5)
     # 10/2 + 1 = 6; 6/2 + 2 = 5, the episode ends; 4; 4/2 + 8 = 10
     assert sums.flatten().tolist() == [6.0, 5.0, 4.0, 10.0] and carry.tolist() == [10.0]
@@ -81,6 +84,8 @@ def test_discounted_sums_against_a_loop_and_across_calls():
     carry, parts = torch.zeros(4, dtype=torch.float64), []
     for first in (0, 10, 20):
         rows = slice(first, first + 10)
-        sums, carry = discounted_sums(torch.from_numpy(reward[rows]), torch.from_numpy(ended[rows]), carry, gamma)
+        sums, carry = discounted_sums(
+            torch.from_numpy(reward[rows]), torch.from_numpy(ended[rows]), carry, gamma
+        )
         parts.append(sums)
     np.testing.assert_allclose(torch.cat(parts), expected, rtol=1e-12, atol=1e-12)

@@ -27,7 +27,10 @@ def test_adam_equals_torchs():
 
 def test_adams_eps_is_an_argument():
     grad = torch.tensor([1e-4])
-    step = {eps: -adam(torch.zeros(1), grad, new_adam(grad), torch.tensor(1.0), eps)[0].item() for eps in (1e-5, 1e-4)}
+    step = {
+        eps: -adam(torch.zeros(1), grad, new_adam(grad), torch.tensor(1.0), eps)[0].item()
+        for eps in (1e-5, 1e-4)
+    }
     # the first step: m / (1 - 0.9) = g and sqrt(v / (1 - 0.999)) = |g|
     assert step[1e-5] == pytest.approx(1e-4 / (1e-4 + 1e-5), rel=1e-4)
     assert step[1e-4] == pytest.approx(0.5, rel=1e-4)

@@ -9,9 +9,9 @@ import pytest
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-import plot  # noqa: E402
+import plot
 
-from zoo.common.errors import UsageError  # noqa: E402
+from zoo.common.errors import UsageError
 
 
 def write_seed(folder, seed, evaluations):

@@ -1,4 +1,5 @@
-"""PPO: its formulas against independent ones, its batches, probe environments, whole runs, and what it refuses."""
+"""PPO: its formulas against independent ones, its batches, probe environments, whole runs, and what it
+refuses."""
 
 import csv
 import fcntl
@@ -23,11 +24,23 @@ from zoo.common.errors import EnvironmentFault, RunFault
 from zoo.common.files import load_checkpoint
 from zoo.common.normalize import normalize
 from zoo.common.run import Run
-from zoo.ppo import Args, Batch, Categorical, Gaussian, adapt_kl_coef, draw_noise, gae, policy_loss, ppo_loss, value_loss
+from zoo.ppo import (
+    Args,
+    Batch,
+    Categorical,
+    Gaussian,
+    adapt_kl_coef,
+    draw_noise,
+    gae,
+    policy_loss,
+    ppo_loss,
+    value_loss,
+)
 
-# --- generalised advantage estimation -------------------------------------------------------------------------------------
+# --- generalised advantage estimation -----------------------------------------------------------------------
 
-# gamma 1/2. One environment sees a termination (row 1), a truncation (row 2) and the rollout's boundary (row 4):
+# gamma 1/2. One environment sees a termination (row 1), a truncation (row 2) and the rollout's boundary (row
+# 4):
 #   delta_0 = 1 + 4/2 - 2 = 1      delta_1 = 2 - 4 = -2 (terminated: V' = 100 is worth nothing)
 #   delta_2 = 3 + 8/2 - 6 = 1 (truncated: V' counts)      delta_3 = 4 + 2/2 - 10 = -5      delta_4 = 5 + 6/2 - 2 = 6
 # The other, with rewards 1 and a critic of zeros, sees none: its deltas are 1.
@@ -66,7 +79,7 @@ def test_gae_of_a_step_both_terminated_and_truncated_does_not_bootstrap():
     assert both[:, 0].tolist() == [0.5, -2, 1, -3.5, 6]
 
 
-# --- distributions --------------------------------------------------------------------------------------------------------
+# --- distributions ------------------------------------------------------------------------------------------
 
 
 def test_categorical_equals_torchs():
@@ -79,7 +92,10 @@ def test_categorical_equals_torchs():
 
 
 def test_gaussian_equals_torchs():
-    mean, log_std = torch.randn(20, 3, dtype=torch.float64), torch.tensor([-1.0, 0.0, 0.7], dtype=torch.float64)
+    mean, log_std = (
+        torch.randn(20, 3, dtype=torch.float64),
+        torch.tensor([-1.0, 0.0, 0.7], dtype=torch.float64),
+    )
     action = torch.randn(20, 3, dtype=torch.float64)
     ours, theirs = Gaussian(mean, log_std), td.Normal(mean, log_std.exp())
     torch.testing.assert_close(ours.log_prob(action), theirs.log_prob(action).sum(-1))
@@ -111,11 +127,12 @@ def test_noise_comes_from_the_generator_alone():
     assert first.shape == (4, 3, 2) and torch.equal(first, again)
 
 
-# --- losses ---------------------------------------------------------------------------------------------------------------
+# --- losses -------------------------------------------------------------------------------------------------
 
 
 def test_clipped_surrogate_is_piecewise_linear():
-    """min(r A, clip(r) A) is min(r, 1 + eps) A where A > 0 and max(r, 1 - eps) A where A < 0; its slope says what is learnt."""
+    """min(r A, clip(r) A) is min(r, 1 + eps) A where A > 0 and max(r, 1 - eps) A where A < 0; its slope says
+    what is learnt."""
     for advantage, bound in ((2.0, torch.minimum), (-3.0, torch.maximum)):
         limit = torch.tensor(1.2 if advantage > 0 else 0.8, dtype=torch.float64)
         for r in (0.1, 0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0, 10.0):
@@ -129,8 +146,12 @@ def test_clipped_surrogate_is_piecewise_linear():
 
 @pytest.mark.parametrize("surrogate", ["kl", "adaptive-kl"])
 def test_kl_penaltys_gradient_is_that_of_the_exact_kl(surrogate):
-    """Enumerated: eight samples that hold each action in just its probability under pi_old make the mean an expectation."""
-    action, old = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3]), torch.tensor([1 / 2, 1 / 4, 1 / 8, 1 / 8], dtype=torch.float64)
+    """Enumerated: eight samples that hold each action in just its probability under pi_old make the mean an
+    expectation."""
+    action, old = (
+        torch.tensor([0, 0, 0, 0, 1, 1, 2, 3]),
+        torch.tensor([1 / 2, 1 / 4, 1 / 8, 1 / 8], dtype=torch.float64),
+    )
     logits = torch.tensor([0.3, -1.0, 2.0, 0.5], dtype=torch.float64, requires_grad=True)
     log_ratio = Categorical(logits.expand(8, 4)).log_prob(action) - old.log()[action]
     loss = policy_loss(log_ratio.exp(), log_ratio, torch.zeros(8), torch.tensor(0.7), surrogate, 0.2)
@@ -143,7 +164,11 @@ def test_kl_penaltys_gradient_is_that_of_the_exact_kl(surrogate):
 
 
 def test_value_loss_by_hand():
-    value, old, return_ = torch.tensor([1.0, 3.0, -1.0]), torch.tensor([0.0, 2.9, 1.0]), torch.tensor([2.0, 3.0, 0.0])
+    value, old, return_ = (
+        torch.tensor([1.0, 3.0, -1.0]),
+        torch.tensor([0.0, 2.9, 1.0]),
+        torch.tensor([2.0, 3.0, 0.0]),
+    )
     assert value_loss(value, old, return_, None).item() == pytest.approx((1 + 0 + 1) / 3)
     # clipped to old +- 0.5: 0.5, 3, 0.5, with errors 2.25, 0, 0.25; the worse: 2.25, 0, 1
     assert value_loss(value, old, return_, 0.5).item() == pytest.approx((2.25 + 0 + 1) / 3)
@@ -219,12 +244,18 @@ def test_loss_and_gradient_equal_the_formula(surrogate, value_clip, normalize_ad
     )))  # fmt: skip
     forward = linear_forward(discrete)
     now = forward(torch.from_numpy(params), batch.obs)[0].log_prob(batch.action)
-    batch = batch._replace(log_prob=now + torch.from_numpy(rng.normal(size=B) * 0.3))  # ratios on both sides of the range
+    batch = batch._replace(
+        log_prob=now + torch.from_numpy(rng.normal(size=B) * 0.3)
+    )  # ratios on both sides of the range
     beta = torch.tensor(1.7, dtype=torch.float64)
-    gradient, (loss, metrics) = grad_and_value(ppo_loss, has_aux=True)(torch.from_numpy(params), batch, beta, forward, args)
+    gradient, (loss, metrics) = grad_and_value(ppo_loss, has_aux=True)(
+        torch.from_numpy(params), batch, beta, forward, args
+    )
     expected, expected_metrics = reference_loss(params, batch, 1.7, args, discrete)
     assert loss.item() == pytest.approx(expected, rel=1e-10)
-    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected_metrics, rel=1e-6)
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
+        expected_metrics, rel=1e-6
+    )
     assert 0.2 < metrics["clipfrac"] < 0.9
     h = 1e-6
     for i, ours in enumerate(gradient.tolist()):
@@ -235,15 +266,25 @@ def test_loss_and_gradient_equal_the_formula(surrogate, value_clip, normalize_ad
 
 def test_adapting_the_kl_coefficient():
     """The PPO paper's section 4: halve below d / 1.5, double above 1.5 d."""
-    for kl, factor in ((0.0, 0.5), (0.0066, 0.5), (0.0067, 1.0), (0.01, 1.0), (0.0149, 1.0), (0.0151, 2.0), (1.0, 2.0)):
-        assert adapt_kl_coef(torch.tensor(3.0), torch.tensor(kl), 0.01).item() == pytest.approx(3 * factor), kl
+    for kl, factor in (
+        (0.0, 0.5),
+        (0.0066, 0.5),
+        (0.0067, 1.0),
+        (0.01, 1.0),
+        (0.0149, 1.0),
+        (0.0151, 2.0),
+        (1.0, 2.0),
+    ):
+        assert adapt_kl_coef(torch.tensor(3.0), torch.tensor(kl), 0.01).item() == pytest.approx(3 * factor), (
+            kl
+        )
     low, high = torch.tensor(1.0), torch.tensor(1.0)
     for _ in range(200):  # a target that is never left, or never reached
         low, high = adapt_kl_coef(low, torch.tensor(0.0), 0.01), adapt_kl_coef(high, torch.tensor(1.0), 0.01)
     assert low == pytest.approx(1e-6) and high == 1e6
 
 
-# --- what train hands to the update ---------------------------------------------------------------------------------------
+# --- what train hands to the update -------------------------------------------------------------------------
 
 SMALL = dict(
     num_envs=8, num_steps=16, minibatch_size=128, num_epochs=10, learning_rate=1e-2, hidden=(16,), gamma=0.9, eval_every=0,
@@ -258,7 +299,9 @@ def small(folder, env, **changes):
 def rows(folder):
     """progress.csv without the clocks."""
     with open(Path(folder) / "progress.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in ("wall_time", "sps")} for row in csv.DictReader(file)]
+        return [
+            {k: v for k, v in row.items() if k not in ("wall_time", "sps")} for row in csv.DictReader(file)
+        ]
 
 
 @pytest.fixture
@@ -281,8 +324,11 @@ def spy(monkeypatch):
 
 
 @pytest.mark.parametrize("normalize_advantages", [True, False])
-def test_targets_bootstrap_from_the_true_successor_and_from_the_raw_advantage(tmp_path, spy, normalize_advantages):
-    """On the script of probes.py, lambda 0: R = r + gamma (1 - terminated) V(next_obs) for every row, of two iterations."""
+def test_targets_bootstrap_from_the_true_successor_and_from_the_raw_advantage(
+    tmp_path, spy, normalize_advantages
+):
+    """On the script of probes.py, lambda 0: R = r + gamma (1 - terminated) V(next_obs) for every row, of two
+    iterations."""
     from test_envs import FIRST, SECOND
 
     ppo.train(small(
@@ -296,7 +342,9 @@ def test_targets_bootstrap_from_the_true_successor_and_from_the_raw_advantage(tm
         stats = spy.calls["act"][8 * iteration][1]  # of the observations when these were acted on
         assert stats["count"] == 16 * iteration
         if iteration:
-            assert stats["mean"].item() == pytest.approx(np.mean([row[0] for row in FIRST + SECOND]), rel=1e-12)
+            assert stats["mean"].item() == pytest.approx(
+                np.mean([row[0] for row in FIRST + SECOND]), rel=1e-12
+            )
 
         def value(obs, params=params, stats=stats):
             return critic(params, normalize(torch.tensor([[float(obs)]]), stats))
@@ -310,7 +358,9 @@ def test_targets_bootstrap_from_the_true_successor_and_from_the_raw_advantage(tm
             torch.testing.assert_close(batch.return_[i : i + 1], target, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(batch.value[i : i + 1], value(obs), rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(batch.advantage[i : i + 1], target - value(obs), rtol=1e-5, atol=1e-5)
-        if iteration:  # the wrong successors, the first observations after the two truncations, have other values
+        if (
+            iteration
+        ):  # the wrong successors, the first observations after the two truncations, have other values
             assert abs(value(21) - value(30)) > 0.01 and abs(value(33) - value(40)) > 0.01
     assert batch.advantage.mean().abs() > 0.1 and abs(batch.advantage.std(unbiased=False) - 1) > 0.1  # raw
 
@@ -329,7 +379,9 @@ def test_epochs_visit_every_transition_and_recompute_advantages_when_asked(tmp_p
         orders = [column.obs[:, 0].argsort() for column in columns]
         for epoch, column, order in zip(epochs, columns, orders, strict=True):
             assert torch.equal(column.obs[order], columns[0].obs[orders[0]])
-            assert torch.equal(column.log_prob[order], columns[0].log_prob[orders[0]])  # pi_old's, in every epoch
+            assert torch.equal(
+                column.log_prob[order], columns[0].log_prob[orders[0]]
+            )  # pi_old's, in every epoch
             params = epoch[0][0] if recompute else epochs[0][0][0]
             torch.testing.assert_close(column.value, critic(params, column.obs), rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(column.return_, column.advantage + column.value)
@@ -337,7 +389,9 @@ def test_epochs_visit_every_transition_and_recompute_advantages_when_asked(tmp_p
         assert same != recompute
         assert not torch.equal(columns[0].obs, columns[1].obs)  # shuffled anew
         params, _, batch = iteration[0][:3]
-        torch.testing.assert_close(log_prob(params, batch.obs, batch.action), batch.log_prob)  # the first ratio is 1
+        torch.testing.assert_close(
+            log_prob(params, batch.obs, batch.action), batch.log_prob
+        )  # the first ratio is 1
 
 
 def test_learning_rate_falls_linearly_or_stays(tmp_path):
@@ -350,17 +404,20 @@ def test_learning_rate_falls_linearly_or_stays(tmp_path):
 
 def test_rewards_are_scaled_by_the_deviation_of_discounted_sums(tmp_path, spy):
     """With episodes of one step the discounted sums are the rewards."""
-    ppo.train(small(tmp_path, "probe/ActBox-v0", scale_rewards=True, total_steps=256, num_epochs=1, gae_lambda=1.0))
+    ppo.train(
+        small(tmp_path, "probe/ActBox-v0", scale_rewards=True, total_steps=256, num_epochs=1, gae_lambda=1.0)
+    )
     (_, _, first, *_), _ = spy.calls["update"]
     raw = -((2 * first.action[:, 0].clamp(-1, 1) + 1) ** 2)  # the action 4 + 2a, less 3, squared
     torch.testing.assert_close(first.return_, raw / raw.std(unbiased=False), rtol=1e-4, atol=1e-4)
 
 
-# --- probe environments ---------------------------------------------------------------------------------------------------
+# --- probe environments -------------------------------------------------------------------------------------
 
 
 def learnt(args):
-    """What a run leaves in agent.pt: V of observations, and the deterministic policy's actions in the environment's scale."""
+    """What a run leaves in agent.pt: V of observations, and the deterministic policy's actions in the
+    environment's scale."""
     ppo.train(args)
     acting = load_checkpoint(Path(args.run_dir) / "agent.pt", "--agent")["state"]
     envs = make_envs(args.env, 1)
@@ -395,7 +452,8 @@ def test_probe_discounting(tmp_path):
 
 
 def test_probe_time_limit_is_no_end_of_the_world(tmp_path):
-    """Reward 1 for ever, cut every 5 steps: V = 1 / (1 - 0.9), where a truncation taken for a termination makes at most 4.1."""
+    """Reward 1 for ever, cut every 5 steps: V = 1 / (1 - 0.9), where a truncation taken for a termination
+    makes at most 4.1."""
     value, _ = learnt(small(tmp_path, "probe/Endless-v0", total_steps=128 * 50))
     assert value(0) == pytest.approx([10.0], abs=0.3)
 
@@ -421,38 +479,57 @@ def test_probe_acting_on_the_observation(tmp_path, changes):
     assert act(-1, 1) == [0, 1]
 
 
-@pytest.mark.parametrize("changes", [{}, dict(shared_network=True, surrogate="adaptive-kl"), dict(value_clip=0.5)])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(shared_network=True, surrogate="adaptive-kl"), dict(value_clip=0.5)]
+)
 def test_probe_acting_on_the_observation_in_a_box(tmp_path, changes):
     _, act = learnt(small(tmp_path, "probe/ActOnObsBox-v0", **changes))
     assert act(-1, 1) == pytest.approx([3.0, 5.0], abs=0.2)
 
 
-# --- whole runs -----------------------------------------------------------------------------------------------------------
+# --- whole runs ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("env", ["probe/ActOnObs-v0", "probe/ActOnObsBox-v0"])
 def test_target_kl_ends_the_epochs(tmp_path, env):
     for target_kl in (None, 1e6, 0.001):
-        args = small(tmp_path / str(target_kl), env, learning_rate=0.05, target_kl=target_kl, total_steps=128 * 6)
+        args = small(
+            tmp_path / str(target_kl), env, learning_rate=0.05, target_kl=target_kl, total_steps=128 * 6
+        )
         ppo.train(args)
         epochs = [int(row["epochs"]) for row in rows(args.run_dir)]
         assert max(epochs) < 10 and min(epochs) < 5 if target_kl == 0.001 else epochs == [10] * 6
 
 
 def test_adaptive_kl_moves_its_coefficient_and_runs_all_epochs(tmp_path):
-    args = small(tmp_path, "probe/ActOnObsBox-v0", surrogate="adaptive-kl", learning_rate=0.05, target_kl=1e-4, total_steps=640)
+    args = small(
+        tmp_path,
+        "probe/ActOnObsBox-v0",
+        surrogate="adaptive-kl",
+        learning_rate=0.05,
+        target_kl=1e-4,
+        total_steps=640,
+    )
     ppo.train(args)
-    assert [float(row["kl_coef"]) for row in rows(tmp_path)] == [2, 4, 8, 16, 32]  # the KL stays far above the target
+    assert [float(row["kl_coef"]) for row in rows(tmp_path)] == [
+        2,
+        4,
+        8,
+        16,
+        32,
+    ]  # the KL stays far above the target
     assert {row["epochs"] for row in rows(tmp_path)} == {"10"}
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 def test_the_same_seed_gives_the_same_table(tmp_path, env):
-    changes = dict(total_steps=640, eval_every=256, eval_episodes=2, normalize_obs=True, scale_rewards=True, num_epochs=2)
+    changes = dict(
+        total_steps=640, eval_every=256, eval_episodes=2, normalize_obs=True, scale_rewards=True, num_epochs=2
+    )
     tables = []
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
         torch.manual_seed(len(tables))  # nothing of the process's own generators may matter
-        np.random.seed(len(tables))  # noqa: NPY002
+        np.random.seed(len(tables))
         ppo.train(small(tmp_path / name, env, seed=seed, **changes))
         tables.append(rows(tmp_path / name))
     assert tables[0] == tables[1]
@@ -461,7 +538,8 @@ def test_the_same_seed_gives_the_same_table(tmp_path, env):
 
 
 def test_a_stopped_run_resumed_equals_one_that_was_not(tmp_path, monkeypatch):
-    """On a task without memory across steps nothing but the checkpoint's content matters, so the tables are equal."""
+    """On a task without memory across steps nothing but the checkpoint's content matters, so the tables are
+    equal."""
     changes = dict(
         surrogate="adaptive-kl",
         normalize_obs=True,
@@ -470,7 +548,9 @@ def test_a_stopped_run_resumed_equals_one_that_was_not(tmp_path, monkeypatch):
         total_steps=128 * 7,
         checkpoint_every=1e-9,
     )
-    whole, halves = (small(tmp_path / name, "probe/ActOnObsBox-v0", **changes) for name in ("whole", "halves"))
+    whole, halves = (
+        small(tmp_path / name, "probe/ActOnObsBox-v0", **changes) for name in ("whole", "halves")
+    )
     # a resumed run seeds its environments anew: here every iteration does, by its number
     collect, calls = ppo.collect, []
 
@@ -495,18 +575,26 @@ def test_a_stopped_run_resumed_equals_one_that_was_not(tmp_path, monkeypatch):
     ppo.train(replace(halves, run_dir=None, resume=halves.run_dir))
     assert rows(tmp_path / "halves") == rows(tmp_path / "whole")
     assert len({row["kl_coef"] for row in rows(tmp_path / "whole")}) > 1
-    ends = [load_checkpoint(tmp_path / name / "checkpoint.pt", "--resume")["state"] for name in ("whole", "halves")]
+    ends = [
+        load_checkpoint(tmp_path / name / "checkpoint.pt", "--resume")["state"]
+        for name in ("whole", "halves")
+    ]
     assert ends[0].keys() == ends[1].keys()
     for name in ("params", "generator"):
         assert torch.equal(ends[0][name], ends[1][name])
 
 
 def test_a_finished_run_can_be_resumed_and_says_so_or_ends_at_once(tmp_path, command_line):
-    """There is nothing left to do (total steps are no multiple of the batch here): no traceback, and the files stay whole."""
+    """There is nothing left to do (total steps are no multiple of the batch here): no traceback, and the
+    files stay whole."""
     ppo.train(small(tmp_path, "probe/Act-v0", total_steps=300, num_epochs=1))
     status, lines = command_line("--resume", tmp_path)
     assert status in (0, 2) and len(lines) <= 1
-    assert load_checkpoint(tmp_path / "checkpoint.pt", "--resume")["step"] == 256 == int(rows(tmp_path)[-1]["step"])
+    assert (
+        load_checkpoint(tmp_path / "checkpoint.pt", "--resume")["step"]
+        == 256
+        == int(rows(tmp_path)[-1]["step"])
+    )
 
 
 @pytest.mark.filterwarnings("error")
@@ -520,7 +608,16 @@ def test_a_batch_of_one_transition_runs_or_is_refused(tmp_path, command_line):
 
 def test_cartpole_is_learnt(tmp_path, monkeypatch, capsys):
     """The task's own settings, from the command line."""
-    run = ["ppo.py", "--env", "CartPole-v1", "--total-steps", "50000", "--no-compile", "--run-dir", str(tmp_path)]
+    run = [
+        "ppo.py",
+        "--env",
+        "CartPole-v1",
+        "--total-steps",
+        "50000",
+        "--no-compile",
+        "--run-dir",
+        str(tmp_path),
+    ]
     monkeypatch.setattr(sys, "argv", run)
     main(Args, ppo.train, lambda env: ppo.SETTINGS.get(env, {}))
     out = capsys.readouterr().out
@@ -529,7 +626,7 @@ def test_cartpole_is_learnt(tmp_path, monkeypatch, capsys):
     assert float(rows(tmp_path)[-1]["eval_return"]) == pytest.approx(mean, abs=0.01)
 
 
-# --- bad input and faults -------------------------------------------------------------------------------------------------
+# --- bad input and faults -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -558,7 +655,10 @@ def command_line(monkeypatch, capsys):
         (["--minibatch-size", 100], ["--minibatch-size 100", "2048"]),
         (["--minibatch-size", 4096], ["--minibatch-size 4096", "2048"]),
         (["--minibatch-size", 0], ["--minibatch-size", "at least 1", "0"]),
-        (["--minibatch-size", 1, "--normalize-advantages"], ["--minibatch-size", "at least 2", "--normalize-advantages"]),
+        (
+            ["--minibatch-size", 1, "--normalize-advantages"],
+            ["--minibatch-size", "at least 2", "--normalize-advantages"],
+        ),
         (["--num-envs", 0], ["--num-envs", "at least 1", "0"]),
         (["--num-steps", -3], ["--num-steps", "at least 1", "-3"]),
         (["--num-epochs", 0], ["--num-epochs", "at least 1", "0"]),
@@ -584,7 +684,17 @@ def command_line(monkeypatch, capsys):
     ],
 )
 def test_arguments_that_cannot_work(tmp_path, command_line, argv, words):
-    common = ["--env", "probe/Act-v0", "--total-steps", 2048, "--num-epochs", 1, "--no-compile", "--run-dir", tmp_path / "run"]
+    common = [
+        "--env",
+        "probe/Act-v0",
+        "--total-steps",
+        2048,
+        "--num-epochs",
+        1,
+        "--no-compile",
+        "--run-dir",
+        tmp_path / "run",
+    ]
     status, lines = command_line(*common, *argv)
     assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     assert all(word in lines[0] for word in words), lines[0]
@@ -638,13 +748,19 @@ def test_a_checkpoint_that_cannot_be_resumed(finished, command_line, name):
 def test_a_resumed_run_keeps_its_networks(finished, command_line, argv, flag):
     before = {path: path.read_bytes() for path in sorted(finished.iterdir())}
     status, lines = command_line("--resume", finished, "--total-steps", 512, *argv)
-    assert status == 2 and len(lines) == 1 and lines[0].startswith(f"error: {flag}: the run in {finished}"), lines
+    assert status == 2 and len(lines) == 1 and lines[0].startswith(f"error: {flag}: the run in {finished}"), (
+        lines
+    )
     assert before == {path: path.read_bytes() for path in sorted(finished.iterdir())}
 
 
 @pytest.mark.parametrize(
     ("fault", "what"),
-    [("obs", "returned a non-finite observation"), ("reward", "returned a non-finite reward"), ("raise", "raised ZeroDiv")],
+    [
+        ("obs", "returned a non-finite observation"),
+        ("reward", "returned a non-finite reward"),
+        ("raise", "raised ZeroDiv"),
+    ],
 )
 def test_a_faulty_environment_ends_the_run_and_leaves_the_checkpoint(tmp_path, command_line, fault, what):
     """The fault is each copy's 40th step: two iterations of 16 are done."""
@@ -654,7 +770,9 @@ def test_a_faulty_environment_ends_the_run_and_leaves_the_checkpoint(tmp_path, c
         "--checkpoint-every", 1e-9, "--eval-every", 0, "--run-dir", tmp_path / "run",
     )  # fmt: skip
     assert status == 1 and lines[0].startswith(f"error: {env} {what}"), lines
-    assert lines[1:] == [f"last good checkpoint: step 64; resume with: python ppo.py --resume {tmp_path / 'run'}"]
+    assert lines[1:] == [
+        f"last good checkpoint: step 64; resume with: python ppo.py --resume {tmp_path / 'run'}"
+    ]
     checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint.pt", "--resume", "ppo", env)
     assert checkpoint["step"] == 64 and torch.isfinite(checkpoint["state"]["params"]).all()
     assert [row["step"] for row in rows(tmp_path / "run")] == ["32", "64"]
@@ -665,7 +783,9 @@ def test_a_diverging_run_stops_and_names_the_loss(tmp_path, command_line):
         "--env", "probe/ActBox-v0", "--num-envs", 2, "--num-steps", 16, "--minibatch-size", 32, "--learning-rate", 1e30,
         "--total-steps", 3200, "--no-compile", "--run-dir", tmp_path, "--surrogate", "unclipped",
     )  # fmt: skip
-    assert status == 1 and re.match(r"error: \w+ became (nan|inf|-inf) in the iteration that ended at step", lines[0])
+    assert status == 1 and re.match(
+        r"error: \w+ became (nan|inf|-inf) in the iteration that ended at step", lines[0]
+    )
     assert not (tmp_path / "agent.pt").exists()
 
 

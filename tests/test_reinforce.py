@@ -1,4 +1,5 @@
-"""REINFORCE: its estimators against gradients by enumeration (tiny_mdp.py), its batches, probe environments, whole runs."""
+"""REINFORCE: its estimators against gradients by enumeration (tiny_mdp.py), its batches, probe environments,
+whole runs."""
 
 import csv
 import re
@@ -84,7 +85,9 @@ def score_sum(obs, action, weight):
 def estimate(index, gamma, tail=None, **fields):
     """The gradient that REINFORCE estimates from these episodes."""
     batch = columns(index)
-    end = (torch.zeros(3, dtype=F64) if tail is None else torch.cat((tail, torch.zeros(1, dtype=F64))))[batch.last_obs]
+    end = (torch.zeros(3, dtype=F64) if tail is None else torch.cat((tail, torch.zeros(1, dtype=F64))))[
+        batch.last_obs
+    ]
     return_ = returns_to_go(batch.reward, batch.alive, end, gamma)
     return policy_gradient(score_sum, batch, return_, VALUE[batch.obs], Args(gamma=gamma, **fields))[0]
 
@@ -96,12 +99,19 @@ BASELINES = ["none", "mean", "optimal", "value"]
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form.values())))
 def test_expectation_equals_the_exact_gradient(form, baseline):
-    """Summed over every pair of episodes, weighted by their probabilities: no sampling, so no tolerance but rounding."""
+    """Summed over every pair of episodes, weighted by their probabilities: no sampling, so no tolerance but
+    rounding."""
     gamma = 1.0 if form == dict(returns="to-go") else 0.7
     if baseline in ("none", "value"):  # episodes do not see each other
-        expected = sum(chance * estimate([i], gamma, baseline=baseline, **form) for i, chance in enumerate(CHANCES))
+        expected = sum(
+            chance * estimate([i], gamma, baseline=baseline, **form) for i, chance in enumerate(CHANCES)
+        )
     else:
-        pairs = [(i, j, CHANCES[i] * CHANCES[j] * (1 if i == j else 2)) for i in range(len(ALL)) for j in range(i + 1)]
+        pairs = [
+            (i, j, CHANCES[i] * CHANCES[j] * (1 if i == j else 2))
+            for i in range(len(ALL))
+            for j in range(i + 1)
+        ]
         expected = sum(chance * estimate([i, j], gamma, baseline=baseline, **form) for i, j, chance in pairs)
     torch.testing.assert_close(expected, tiny_mdp.exact_gradient(gamma), rtol=1e-9, atol=1e-12)
 
@@ -117,7 +127,9 @@ def test_dropping_the_discount_weight_changes_the_direction():
     for trajectory, chance in zip(ALL, CHANCES, strict=True):
         for t in range(len(trajectory.states)):
             rest = trajectory._replace(states=trajectory.states[t:], actions=trajectory.actions[t:])
-            scores = tiny_mdp.score(torch.tensor(trajectory.states[t : t + 1]), torch.tensor(trajectory.actions[t : t + 1]))
+            scores = tiny_mdp.score(
+                torch.tensor(trajectory.states[t : t + 1]), torch.tensor(trajectory.actions[t : t + 1])
+            )
             direct += chance * scores[0] * tiny_mdp.total(rest, 0.7)
     torch.testing.assert_close(expected, direct)
 
@@ -129,7 +141,9 @@ def test_a_truncated_episode_counts_its_tail(form):
     expected = sum(c * estimate([i], 0.7, tail, baseline="value", **form) for i, c in enumerate(CHANCES))
     torch.testing.assert_close(expected, tiny_mdp.exact_gradient(0.7, tail))
     assert (expected - tiny_mdp.exact_gradient(0.7)).norm() > 0.2
-    right = tiny_mdp.true_value(0.7)  # then the time limit is not felt: the gradient of the task without it, in the states seen
+    right = tiny_mdp.true_value(
+        0.7
+    )  # then the time limit is not felt: the gradient of the task without it, in the states seen
     assert (tiny_mdp.exact_gradient(0.7, right) - tiny_mdp.exact_gradient(0.7)).norm() > 0.1
 
 
@@ -143,7 +157,8 @@ def variance(weights):
 
 
 def exact_variances(gamma):
-    """By form and baseline, with the constants the theory gives; to-go with gamma^t, so that all share one expectation."""
+    """By form and baseline, with the constants the theory gives; to-go with gamma^t, so that all share one
+    expectation."""
     batch = columns(range(len(ALL)))
     discount = gamma ** torch.arange(tiny_mdp.HORIZON, dtype=F64)
     to_go = returns_to_go(batch.reward, batch.alive, torch.zeros(len(ALL), dtype=F64), gamma)
@@ -151,21 +166,34 @@ def exact_variances(gamma):
     for form, return_ in (("total", to_go[:1].expand(3, -1)), ("to-go", to_go)):
         weight = torch.ones(3, dtype=F64) if form == "total" else discount
         x = torch.stack(
-            [score_sum(batch.obs[a, i], batch.action[a, i], (weight * return_[:, i])[a]) for i, a in enumerate(batch.alive.T)]
+            [
+                score_sum(batch.obs[a, i], batch.action[a, i], (weight * return_[:, i])[a])
+                for i, a in enumerate(batch.alive.T)
+            ]
         )
-        y = torch.stack([score_sum(batch.obs[a, i], batch.action[a, i], weight[a]) for i, a in enumerate(batch.alive.T)])
+        y = torch.stack(
+            [score_sum(batch.obs[a, i], batch.action[a, i], weight[a]) for i, a in enumerate(batch.alive.T)]
+        )
         b = {"none": 0.0, "optimal": (CHANCES @ (x * y).sum(1)) / (CHANCES @ (y**2).sum(1))}
         counted = batch.alive if form == "to-go" else batch.alive[:1]
-        b["mean"] = (CHANCES * (return_[: len(counted)] * counted).sum(0)).sum() / (CHANCES * counted.sum(0)).sum()
-        values = torch.zeros(3, 2, dtype=F64)  # V_t(s), the time limit's clock included: the mean return from there
+        b["mean"] = (CHANCES * (return_[: len(counted)] * counted).sum(0)).sum() / (
+            CHANCES * counted.sum(0)
+        ).sum()
+        values = torch.zeros(
+            3, 2, dtype=F64
+        )  # V_t(s), the time limit's clock included: the mean return from there
         for t in range(3):
             for s in (0, 1):
                 here = batch.alive[t] & (batch.obs[t] == s)
                 values[t, s] = (CHANCES * to_go[t])[here].sum() / CHANCES[here].sum()
-        b["value"] = values[torch.arange(3)[:, None], batch.obs] if form == "to-go" else values[0][batch.obs[0]]
+        b["value"] = (
+            values[torch.arange(3)[:, None], batch.obs] if form == "to-go" else values[0][batch.obs[0]]
+        )
         found |= {(form, name): (variance((weight[:, None] * (return_ - c)).T), c) for name, c in b.items()}
         for shift in (-0.5, 0.5):  # b* is the least of all constants
-            assert variance((weight[:, None] * (return_ - b["optimal"] - shift)).T) > found[form, "optimal"][0]
+            assert (
+                variance((weight[:, None] * (return_ - b["optimal"] - shift)).T) > found[form, "optimal"][0]
+            )
     return found
 
 
@@ -179,7 +207,8 @@ def test_variances_fall_in_the_order_of_the_theory():
 
 
 def test_v_is_the_best_baseline_where_all_scores_are_equally_long():
-    """One step, a uniform policy: b*(s) = E[|score|^2 Q] / E[|score|^2] is V(s); not so in general (lecture notes S3 4.5)."""
+    """One step, a uniform policy: b*(s) = E[|score|^2 Q] / E[|score|^2] is V(s); not so in general (lecture
+    notes S3 4.5)."""
     found = {}
     for theta in (torch.zeros(4, dtype=F64), tiny_mdp.THETA):
         pi = tiny_mdp.log_policy(theta).exp()
@@ -229,7 +258,8 @@ def test_the_constants_are_the_theorys(form):
 
 
 def test_returns_by_hand():
-    """gamma 1/2; three episodes, of 3, 1 and 2 steps, whose filling rows hold rubbish; the second was cut with V = 6 beyond."""
+    """gamma 1/2; three episodes, of 3, 1 and 2 steps, whose filling rows hold rubbish; the second was cut
+    with V = 6 beyond."""
     reward = torch.tensor([[1.0, 2.0, 3.0], [4.0, 77.0, 5.0], [8.0, 77.0, 77.0]])
     alive = torch.tensor([[1, 1, 1], [1, 0, 1], [1, 0, 0]]).bool()
     return_ = returns_to_go(reward, alive, torch.tensor([0.0, 6.0, 0.0]), 0.5)
@@ -237,9 +267,9 @@ def test_returns_by_hand():
 
 
 def test_baselines_leave_their_own_episode_out():
-    assert leave_one_out(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([1.0, 1.0, 2.0])).tolist() == pytest.approx(
-        [8 / 3, 7 / 3, 1.5]
-    )
+    assert leave_one_out(
+        torch.tensor([1.0, 2.0, 6.0]), torch.tensor([1.0, 1.0, 2.0])
+    ).tolist() == pytest.approx([8 / 3, 7 / 3, 1.5])
     dominated = leave_one_out(torch.tensor([1.0, 2.0, 1e12]), torch.tensor([1.0, 1.0, 1e11]))
     assert dominated[2] == 1.5  # all less its own would be 0 / 0
     assert leave_one_out(torch.tensor([5.0, 0.0]), torch.tensor([1.0, 0.0])).tolist() == [0.0, 5.0]
@@ -260,7 +290,10 @@ def test_score_loss_has_the_weighted_score_as_its_gradient(discrete):
 
     mean = obs @ params[:12].view(3, 4)
     if discrete:
-        by_mean, by_log_std = torch.nn.functional.one_hot(action, 4) - mean.softmax(-1), torch.zeros(30, 4, dtype=F64)
+        by_mean, by_log_std = (
+            torch.nn.functional.one_hot(action, 4) - mean.softmax(-1),
+            torch.zeros(30, 4, dtype=F64),
+        )
     else:
         z = (action - mean) / params[12:].exp()
         by_mean, by_log_std = z / params[12:].exp(), z**2 - 1
@@ -279,11 +312,13 @@ def test_filling_counts_neither_in_the_score_nor_in_the_fit():
         return None, params * obs
 
     real = torch.tensor([1.0, 1.0, 0.0])
-    loss = fit_loss(torch.tensor(2.0), torch.tensor([1.0, 2.0, 50.0]), torch.tensor([0.0, 1.0, 9.0]), real, forward)
+    loss = fit_loss(
+        torch.tensor(2.0), torch.tensor([1.0, 2.0, 50.0]), torch.tensor([0.0, 1.0, 9.0]), real, forward
+    )
     assert loss.item() == (2.0**2 + 3.0**2) / 2
 
 
-# --- batches of whole episodes --------------------------------------------------------------------------------------------
+# --- batches of whole episodes ------------------------------------------------------------------------------
 
 
 def act_0(obs, noise):
@@ -291,7 +326,8 @@ def act_0(obs, noise):
 
 
 def test_a_batch_is_one_whole_episode_of_every_environment():
-    """The script of probes.py: an even seed begins with the episode 10 11 (ends at 12), an odd one with 20 (cut at 21)."""
+    """The script of probes.py: an even seed begins with the episode 10 11 (ends at 12), an odd one with 20
+    (cut at 21)."""
     envs = make_envs("probe/Scripted-v0", 4)
     for _ in range(2):  # a second batch begins anew, not in the middle of what the waiting environments did
         episodes, ended = collect_episodes(envs, 2, act_0, torch.Generator())
@@ -319,21 +355,26 @@ def test_an_endless_episode_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("baseline", ["mean", "value"])
 def test_the_mean_over_played_batches_is_the_exact_gradient(baseline):
-    """With real environments, whose short episodes end first: within five standard errors in every component."""
+    """With real environments, whose short episodes end first: within five standard errors in every
+    component."""
     envs, generator = make_envs(tiny_mdp.register(), 4), torch.Generator().manual_seed(0)
     log_pi, found = tiny_mdp.log_policy(tiny_mdp.THETA).float(), []
     args = Args(gamma=0.7, baseline=baseline, discount_weight=True)
     for batch in range(800):
-        episodes, _ = collect_episodes(envs, 10 * batch, lambda obs, noise: Categorical(obs @ log_pi).sample(noise), generator)
+        episodes, _ = collect_episodes(
+            envs, 10 * batch, lambda obs, noise: Categorical(obs @ log_pi).sample(noise), generator
+        )
         states = episodes.obs.argmax(-1)
         return_ = returns_to_go(episodes.reward.double(), episodes.alive, torch.zeros(4, dtype=F64), 0.7)
-        found.append(policy_gradient(score_sum, episodes._replace(obs=states), return_, VALUE[states], args)[0])
+        found.append(
+            policy_gradient(score_sum, episodes._replace(obs=states), return_, VALUE[states], args)[0]
+        )
     found = torch.stack(found)
     error = (found.mean(0) - tiny_mdp.exact_gradient(0.7)).abs()
     assert (error < 5 * found.std(0) / len(found) ** 0.5).all(), error
 
 
-# --- what train does with them --------------------------------------------------------------------------------------------
+# --- what train does with them ------------------------------------------------------------------------------
 
 SMALL = dict(
     num_envs=16, minibatch_size=64, learning_rate=0.02, value_learning_rate=0.02, hidden=(16,), gamma=0.9, eval_every=0,
@@ -348,12 +389,15 @@ def small(folder, env, **changes):
 def rows(folder):
     """progress.csv without the clocks."""
     with open(Path(folder) / "progress.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in ("wall_time", "sps")} for row in csv.DictReader(file)]
+        return [
+            {k: v for k, v in row.items() if k not in ("wall_time", "sps")} for row in csv.DictReader(file)
+        ]
 
 
 @pytest.fixture
 def spy(monkeypatch):
-    """What collect_episodes returned and policy_gradient was given and gave, and the functions train compiles."""
+    """What collect_episodes returned and policy_gradient was given and gave, and the functions train
+    compiles."""
     seen = SimpleNamespace(functions={}, episodes=[], gradients=[], fitted=[])
     collect, estimate = reinforce.collect_episodes, reinforce.policy_gradient
 
@@ -367,7 +411,11 @@ def spy(monkeypatch):
 
     def compiled(function, device, enabled):
         seen.functions[function.__name__] = function
-        return function if function.__name__ != "fit" else lambda *args: (seen.fitted.append(args[2:5]), function(*args))[1]
+        return (
+            function
+            if function.__name__ != "fit"
+            else lambda *args: (seen.fitted.append(args[2:5]), function(*args))[1]
+        )
 
     monkeypatch.setattr(reinforce, "collect_episodes", collected)
     monkeypatch.setattr(reinforce, "policy_gradient", estimated)
@@ -378,7 +426,8 @@ def spy(monkeypatch):
 @pytest.mark.parametrize("baseline", ["mean", "value"])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_returns_tails_and_units(tmp_path, spy, baseline, scaled):
-    """Every batch: the returns are hand-made ones, the cut episode's with V beyond it if and only if V is the baseline."""
+    """Every batch: the returns are hand-made ones, the cut episode's with V beyond it if and only if V is the
+    baseline."""
     args = small(
         tmp_path,
         "probe/Scripted-v0",
@@ -393,7 +442,9 @@ def test_returns_tails_and_units(tmp_path, spy, baseline, scaled):
     assert len(spy.episodes) == 4
     net = reinforce.ActorCritic(make_envs(args.env, 1), args.hidden, args.log_std, False)
     unflatten, history, old = reinforce.flatten(net)[1], [], 1.0
-    for (acting, episodes, _), ((_, seen, return_, value, _), _) in zip(spy.episodes, spy.gradients, strict=True):
+    for (acting, episodes, _), ((_, seen, return_, value, _), _) in zip(
+        spy.episodes, spy.gradients, strict=True
+    ):
         params, stats = acting
 
         def critic(obs, params=params, stats=stats):
@@ -407,17 +458,24 @@ def test_returns_tails_and_units(tmp_path, spy, baseline, scaled):
         history += [value for column in expected.values() for value in column]
         new = np.std(history) if scaled else 1.0
         for column, values in expected.items():
-            assert return_[: len(values), column].tolist() == pytest.approx([v / new for v in values], rel=1e-4)
-        torch.testing.assert_close(value, critic(episodes.obs.flatten(0, 1)).view(2, 2) * old / new, rtol=1e-4, atol=1e-4)
+            assert return_[: len(values), column].tolist() == pytest.approx(
+                [v / new for v in values], rel=1e-4
+            )
+        torch.testing.assert_close(
+            value, critic(episodes.obs.flatten(0, 1)).view(2, 2) * old / new, rtol=1e-4, atol=1e-4
+        )
         if baseline == "value":  # V learns these returns, in the same units, once an epoch
             obs, target, real = spy.fitted[args.value_epochs * (len(history) // 3 - 1)]
-            assert real.sum() == 3 and sorted(target[real > 0].tolist()) == sorted(return_[episodes.alive].tolist())
+            assert real.sum() == 3 and sorted(target[real > 0].tolist()) == sorted(
+                return_[episodes.alive].tolist()
+            )
             assert {*obs[real > 0][:, 0].tolist()} == {*seen.obs[episodes.alive][:, 0].tolist()}
         old = new
 
 
 def test_the_step_climbs_the_gradient_and_v_is_fitted_after_it(tmp_path, spy):
-    """The gradient that policy_gradient returned is that of its score sum, taken at the parameters that acted; Adam adds it."""
+    """The gradient that policy_gradient returned is that of its score sum, taken at the parameters that
+    acted; Adam adds it."""
     args = small(tmp_path, "probe/ActOnObs-v0", total_steps=32, baseline="none")
     reinforce.train(args)
     (first, episodes, _), (second, *_) = spy.episodes
@@ -431,18 +489,26 @@ def test_the_step_climbs_the_gradient_and_v_is_fitted_after_it(tmp_path, spy):
     spy.episodes.clear()
     reinforce.train(replace(args, run_dir=str(tmp_path / "value"), baseline="value"))
     (first, *_), (second, *_) = spy.episodes
-    changed = reinforce.flatten(reinforce.ActorCritic(make_envs(args.env, 1), (16,), -0.5, False))[1](second[0] - first[0])
+    changed = reinforce.flatten(reinforce.ActorCritic(make_envs(args.env, 1), (16,), -0.5, False))[1](
+        second[0] - first[0]
+    )
     assert changed["value_head.weight"].norm() > 0 and changed["policy_head.weight"].norm() > 0
 
 
 def test_batches_begin_differently_and_the_learning_rate_falls(tmp_path, spy):
     for anneal in (True, False):
-        args = small(tmp_path / str(anneal), "CartPole-v1", num_envs=2, total_steps=150, anneal=anneal, value_epochs=1)
+        args = small(
+            tmp_path / str(anneal), "CartPole-v1", num_envs=2, total_steps=150, anneal=anneal, value_epochs=1
+        )
         reinforce.train(args)
         starts = [0, *(int(row["step"]) for row in rows(args.run_dir))][:-1]
         rates = [float(row["learning_rate"]) for row in rows(args.run_dir)]
-        assert rates == pytest.approx([0.02 * (1 - start / 150 if anneal else 1) for start in starts], rel=1e-6)
-    firsts = [tuple(obs) for _, episodes, _ in spy.episodes[: len(starts)] for obs in episodes.obs[0].tolist()]
+        assert rates == pytest.approx(
+            [0.02 * (1 - start / 150 if anneal else 1) for start in starts], rel=1e-6
+        )
+    firsts = [
+        tuple(obs) for _, episodes, _ in spy.episodes[: len(starts)] for obs in episodes.obs[0].tolist()
+    ]
     assert len(set(firsts)) == len(firsts) >= 4
 
 
@@ -454,7 +520,8 @@ def test_v_moves_no_weight_of_the_policy(tmp_path, spy):
 
 
 def learnt(args):
-    """What a run leaves in agent.pt: V of observations, and the deterministic policy's actions in the environment's scale."""
+    """What a run leaves in agent.pt: V of observations, and the deterministic policy's actions in the
+    environment's scale."""
     reinforce.train(args)
     acting = load_checkpoint(Path(args.run_dir) / "agent.pt", "--agent", "reinforce")["state"]
     envs = make_envs(args.env, 1)
@@ -480,7 +547,8 @@ def test_probe_values(tmp_path, shared):
 
 
 def test_probe_time_limit_is_no_end_of_the_world(tmp_path):
-    """Reward 1 for ever, cut every 5 steps: V = 1 / (1 - 0.9) through the tail, where without it V is at most 4.1."""
+    """Reward 1 for ever, cut every 5 steps: V = 1 / (1 - 0.9) through the tail, where without it V is at most
+    4.1."""
     value, _ = learnt(small(tmp_path, "probe/Endless-v0", total_steps=80 * 40))
     assert value(0) == pytest.approx([10.0], abs=0.5)
 
@@ -498,7 +566,7 @@ def test_probe_acting_on_the_observation_in_a_box(tmp_path, changes):
     assert act(-1, 1) == pytest.approx([3.0, 5.0], abs=0.25)
 
 
-# --- whole runs -----------------------------------------------------------------------------------------------------------
+# --- whole runs ---------------------------------------------------------------------------------------------
 
 
 def test_compiled_equals_eager(tmp_path):
@@ -515,7 +583,8 @@ def test_compiled_equals_eager(tmp_path):
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 def test_same_seed_same_table_and_a_resumed_run_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch, env):
-    """Every batch begins new episodes from a seed of its own, so that a resumed run equals one that was never stopped."""
+    """Every batch begins new episodes from a seed of its own, so that a resumed run equals one that was never
+    stopped."""
     changes = dict(
         num_envs=2,
         total_steps=1500 if env == "Pendulum-v1" else 400,
@@ -528,7 +597,7 @@ def test_same_seed_same_table_and_a_resumed_run_goes_on_as_if_nothing_had_been(t
     tables = {}
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
         torch.manual_seed(99)  # nothing of the process's own generators may matter
-        np.random.seed(len(tables))  # noqa: NPY002
+        np.random.seed(len(tables))
         reinforce.train(small(tmp_path / name, env, seed=seed, **changes))
         tables[name] = rows(tmp_path / name)
     assert tables["one"] == tables["two"] != tables["other"] and len(tables["one"]) >= 4
@@ -545,23 +614,38 @@ def test_same_seed_same_table_and_a_resumed_run_goes_on_as_if_nothing_had_been(t
     with pytest.raises(RunFault, match="power cut"):
         reinforce.train(args)
     Run.latest.close()
-    assert rows(tmp_path / "halves") == [row | {"eval_return": "", "eval_std": ""} for row in tables["one"][:2]]
+    assert rows(tmp_path / "halves") == [
+        row | {"eval_return": "", "eval_std": ""} for row in tables["one"][:2]
+    ]
     reinforce.train(replace(args, run_dir=None, resume=args.run_dir))
     assert rows(tmp_path / "halves") == tables["one"]
 
 
 def test_steps_are_those_of_the_episodes(tmp_path):
-    reinforce.train(small(tmp_path, "probe/Scripted-v0", num_envs=2, total_steps=7))  # 2 + 1 a batch, what follows is idle
+    reinforce.train(
+        small(tmp_path, "probe/Scripted-v0", num_envs=2, total_steps=7)
+    )  # 2 + 1 a batch, what follows is idle
     assert [row["step"] for row in rows(tmp_path)] == ["3", "6", "9"]
     assert rows(tmp_path)[0]["train_length"] == "1.5" and rows(tmp_path)[0]["train_return"] == "3"
 
 
 def test_cartpole_is_learnt(tmp_path, monkeypatch, capsys):
     """The task's own settings, from the command line."""
-    run = ["reinforce.py", "--env", "CartPole-v1", "--total-steps", "100000", "--no-compile", "--run-dir", str(tmp_path)]
+    run = [
+        "reinforce.py",
+        "--env",
+        "CartPole-v1",
+        "--total-steps",
+        "100000",
+        "--no-compile",
+        "--run-dir",
+        str(tmp_path),
+    ]
     monkeypatch.setattr(sys, "argv", run)
     main(Args, reinforce.train, lambda env: reinforce.SETTINGS.get(env, {}))
-    mean = float(re.fullmatch(r"final evaluation: (\S+) ± \S+ over 10 episodes\n", capsys.readouterr().out)[1])
+    mean = float(
+        re.fullmatch(r"final evaluation: (\S+) ± \S+ over 10 episodes\n", capsys.readouterr().out)[1]
+    )
     assert mean >= 450
 
 
@@ -598,14 +682,18 @@ def command_line(monkeypatch, capsys):
     ],
 )
 def test_arguments_that_cannot_work(tmp_path, command_line, argv, words):
-    status, lines = command_line("--env", "probe/Act-v0", "--no-compile", "--run-dir", tmp_path / "run", *argv)
+    status, lines = command_line(
+        "--env", "probe/Act-v0", "--no-compile", "--run-dir", tmp_path / "run", *argv
+    )
     assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     assert all(word in lines[0] for word in words), lines[0]
     assert not (tmp_path / "run").exists()
 
 
 def test_a_diverging_run_stops_and_names_what_became_infinite(tmp_path, command_line):
-    status, lines = command_line("--env", "probe/ActBox-v0", "--learning-rate", 1e30, "--no-compile", "--run-dir", tmp_path)
+    status, lines = command_line(
+        "--env", "probe/ActBox-v0", "--learning-rate", 1e30, "--no-compile", "--run-dir", tmp_path
+    )
     assert status == 1 and re.match(r"error: .*(became|non-finite)", lines[0]), lines
     assert not (tmp_path / "agent.pt").exists()
 

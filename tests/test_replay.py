@@ -15,7 +15,7 @@ CUDA = pytest.param(
 
 
 class Story:
-    """N scripted environments whose observations are (environment, episode, time), with what truly happened."""
+    """N scripted environments that observe (environment, episode, time), with what truly happened."""
 
     def __init__(self, num_envs, seed):
         self.rng, self.num_envs = np.random.default_rng(seed), num_envs

@@ -255,12 +255,15 @@ def test_folder_in_use(tmp_path):
     holder = f"import time\nfrom zoo.common.files import lock_folder\nfrom pathlib import Path\n\
 lock = lock_folder(Path({str(folder)!r}), '')\nprint('held', flush=True)\ntime.sleep(60)"
     train(Args(run_dir=str(folder)))
-    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as process:
+    process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
+    try:
         assert process.stdout.readline() == "held\n"
         for where in ({"resume": str(folder)}, {"run_dir": str(folder)}):
             with pytest.raises(UsageError, match=f"in use by process {process.pid}"):
                 train(Args(**where))
+    finally:
         process.kill()
+        process.communicate()
     train(Args(resume=str(folder)))  # the lock died with its process
 
 
@@ -415,10 +418,8 @@ def test_resumed_with_another_argument(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("damage", ["none", "torn line", "torn rewrite"])
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, damage):
     train(Args(run_dir=str(tmp_path / "whole")))
-    with (
-        pytest.raises(EnvironmentFault),
-        Process(),
-    ):  # after the row of step 400; the last checkpoint is of 300
+    # after the row of step 400; the last checkpoint is of 300
+    with pytest.raises(EnvironmentFault), Process():
         train(Args(run_dir=str(tmp_path / "cut"), fault="environment"))
     assert len(rows(tmp_path / "cut")) == 4
     with open(tmp_path / "cut" / "progress.csv", "a") as table:
@@ -650,10 +651,8 @@ def test_endings_of_the_command_line(tmp_path, monkeypatch, capsys):
     assert got == (2, ["error: --resume nope: no such folder"])
     with pytest.raises(ValueError, match="a bug"):  # a fault of the program keeps its traceback
         command_line(monkeypatch, capsys, "--fault", "bug", "--run-dir", "bug")
-    assert command_line(monkeypatch, capsys, "--resume", "bug", "--fault", "") == (
-        0,
-        [],
-    )  # and the folder is free
+    again = command_line(monkeypatch, capsys, "--resume", "bug", "--fault", "")
+    assert again == (0, [])  # the folder is free
 
 
 # Arguments
@@ -795,7 +794,8 @@ def test_evaluation_repeats_and_uses_the_policy():
 
 def test_endless_evaluation_episodes_are_cut_with_one_warning(monkeypatch, capsys):
     monkeypatch.setattr(zoo.common.evaluate, "MAX_EPISODE", 50)
-    returns, lengths = evaluate(policy, Countdown(2, endless=True), 3, seed=1)
+    calls = iter(range(101))  # and no more
+    returns, lengths = evaluate(lambda obs: next(calls) * policy(obs), Countdown(2, endless=True), 3, seed=1)
     assert lengths.tolist() == [50, 50, 50] and (returns >= 50).all()
     assert capsys.readouterr().err == (
         "warning: Countdown-v0: 3 of 3 evaluation episodes did not end in 50 steps and were cut there; "

@@ -1,4 +1,5 @@
-"""SAC: its distribution, losses and buffer by hand and by enumeration, its update against torch's parts, whole runs."""
+"""SAC: its distribution, losses and buffer by hand and by enumeration, its update against torch's parts,
+whole runs."""
 
 import csv
 import re
@@ -42,7 +43,11 @@ from zoo.sac import (
 
 F64 = torch.float64
 DEVICES = pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")),
+    ],
 )
 SPACES = SimpleNamespace(obs_dim=3, action_dim=2)
 
@@ -60,18 +65,22 @@ if "probe/EndlessBox-v0" not in gym.registry:
     gym.register("probe/DiscountBox-v0", DiscountBox)
 
 
-# --- the squashed Gaussian ------------------------------------------------------------------------------------------------
+# --- the squashed Gaussian ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("mean", "log_std"), [(0.0, 0.0), (0.7, -2.0), (3.0, -0.7), (-5.0, 0.0), (0.0, 2.0)])
 def test_the_density_integrates_to_1(mean, log_std):
     """Over (-1, 1), also where nearly all of it lies at an end."""
     noise = torch.linspace(-9, 9, 40_001, dtype=F64)[:, None]
-    noise = noise[(mean + np.exp(log_std) * noise).abs().squeeze(-1) < 15]  # beyond, an action is no longer told from its bound
+    noise = noise[
+        (mean + np.exp(log_std) * noise).abs().squeeze(-1) < 15
+    ]  # beyond, an action is no longer told from its bound
     dist = SquashedGaussian(torch.full_like(noise, mean), torch.full_like(noise, log_std))
     action, log_prob = dist.sample(noise)
     missing = 1 - Normal(0.0, 1.0).cdf(noise[-1]) + Normal(0.0, 1.0).cdf(noise[0])
-    assert torch.trapezoid(log_prob.exp(), action.squeeze(-1)).item() == pytest.approx(1 - missing.item(), abs=1e-4)
+    assert torch.trapezoid(log_prob.exp(), action.squeeze(-1)).item() == pytest.approx(
+        1 - missing.item(), abs=1e-4
+    )
 
 
 def test_the_log_probability_equals_torchs():
@@ -101,15 +110,23 @@ def test_the_actor_bounds_its_log_std():
     assert torch.equal(dist.log_std, torch.tensor([[2.0, -20.0]]).expand(5, 2))
 
 
-# --- estimators and losses ------------------------------------------------------------------------------------------------
+# --- estimators and losses ----------------------------------------------------------------------------------
 
 
 def test_targets_by_hand():
     q, log_prob = torch.tensor([[1.0, 5.0, 2.0], [3.0, -4.0, 2.0]]), torch.tensor([-1.0, 2.0, 0.0])
     value = soft_value(q, log_prob, torch.tensor(0.5))
-    assert value.tolist() == [1.5, -5.0, 2.0]  # the lesser of the two Qs, and alpha before the log-probability
+    assert value.tolist() == [
+        1.5,
+        -5.0,
+        2.0,
+    ]  # the lesser of the two Qs, and alpha before the log-probability
     terminated = torch.tensor([False, True, False])
-    assert soft_target(torch.tensor([10.0, 20.0, 30.0]), terminated, value, 0.5).tolist() == [10.75, 20.0, 31.0]
+    assert soft_target(torch.tensor([10.0, 20.0, 30.0]), terminated, value, 0.5).tolist() == [
+        10.75,
+        20.0,
+        31.0,
+    ]
 
 
 def test_polyak_by_hand():
@@ -163,7 +180,7 @@ def test_the_twin_critic_is_two_networks():
     assert nn.Linear(100, 500).weight.abs().max().item() == pytest.approx(0.1, rel=1e-3)
 
 
-# --- what train hands to the update, and what the update makes of it ------------------------------------------------------
+# --- what train hands to the update, and what the update makes of it ----------------------------------------
 
 SMALL = dict(
     num_envs=4, total_steps=400, random_steps=80, batch_size=32, buffer_size=1000, learning_rate=3e-3, hidden=(16,),
@@ -179,12 +196,15 @@ def small(folder, env, **changes):
 def rows(folder):
     """progress.csv without the clocks."""
     with open(Path(folder) / "progress.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in ("wall_time", "sps")} for row in csv.DictReader(file)]
+        return [
+            {k: v for k, v in row.items() if k not in ("wall_time", "sps")} for row in csv.DictReader(file)
+        ]
 
 
 @pytest.fixture
 def spy(monkeypatch):
-    """The arguments and results of the calls of the functions that train hands to compile_function, by name."""
+    """The arguments and results of the calls of the functions that train hands to compile_function, by
+    name."""
     calls = {}
 
     def record(function, device, enabled):
@@ -205,8 +225,11 @@ def spy(monkeypatch):
     ids=lambda changes: ",".join(changes) or "defaults",
 )  # fmt: skip
 def test_updates_equal_torchs_own_parts(tmp_path, spy, changes):
-    """Twelve updates with separate modules, torch's distributions, backward and Adam, in the order of the published loop."""
-    args = small(tmp_path, "Pendulum-v1", total_steps=92, learning_rate=1e-3, critic_learning_rate=3e-3, **changes)
+    """Twelve updates with separate modules, torch's distributions, backward and Adam, in the order of the
+    published loop."""
+    args = small(
+        tmp_path, "Pendulum-v1", total_steps=92, learning_rate=1e-3, critic_learning_rate=3e-3, **changes
+    )
     sac.train(args)
     updates = spy["update"]
     assert len(updates) == 12
@@ -273,14 +296,18 @@ def test_updates_equal_torchs_own_parts(tmp_path, spy, changes):
         with torch.no_grad():
             for old, new in zip(lagging.parameters(), followed.parameters(), strict=True):
                 old.lerp_(new, 0.05)
-        found = {"actor": actor, "critic": twin, "target": lagging} | ({"value": value} if args.value_network else {})
+        found = {"actor": actor, "critic": twin, "target": lagging} | (
+            {"value": value} if args.value_network else {}
+        )
         for name, net in found.items():
             torch.testing.assert_close(learner[name], vector(net), rtol=1e-4, atol=2e-5)
         torch.testing.assert_close(learner["log_alpha"], log_alpha.detach(), rtol=1e-4, atol=1e-6)
         assert metrics["qf_loss"].item() == pytest.approx(q_loss.item(), rel=1e-3)
         for name, q in (("qf1", q1), ("qf2", q2)):
             assert metrics[f"{name}_values"].item() == pytest.approx(q.mean().item(), rel=1e-3, abs=1e-4)
-            assert metrics[f"{name}_loss"].item() == pytest.approx(nn.functional.mse_loss(q, target).item(), rel=1e-3)
+            assert metrics[f"{name}_loss"].item() == pytest.approx(
+                nn.functional.mse_loss(q, target).item(), rel=1e-3
+            )
         assert metrics["actor_loss"].item() == pytest.approx(pi_loss.item(), rel=1e-3)
         assert metrics["entropy"].item() == pytest.approx(-log_prob.mean().item(), rel=1e-3, abs=1e-4)
     assert (log_alpha.item() == pytest.approx(np.log(args.alpha or 1.0))) == (args.alpha is not None)
@@ -299,23 +326,38 @@ def test_random_actions_come_first_and_are_held(tmp_path, spy, monkeypatch):
     assert len(actions) == 25 and len(spy["act"]) == 5
     assert all(np.array_equal(actions[i], actions[i - i % 5]) for i in range(20))
     firsts = np.stack(actions[:20:5]).ravel()
-    assert len(set(firsts.tolist())) == 16 and firsts.min() < -0.5 and firsts.max() > 0.5 and abs(firsts).max() <= 1
+    assert (
+        len(set(firsts.tolist())) == 16
+        and firsts.min() < -0.5
+        and firsts.max() > 0.5
+        and abs(firsts).max() <= 1
+    )
 
 
 @pytest.mark.parametrize(("rate", "count"), [(1.0, 100), (0.5, 50), (0.3, 30), (2.5, 250)])
 def test_updates_are_counted_by_environment_steps(tmp_path, spy, rate, count):
-    sac.train(small(tmp_path, "probe/EndlessBox-v0", total_steps=183, random_steps=80, updates_per_step=rate, report_every=30))
+    sac.train(
+        small(
+            tmp_path,
+            "probe/EndlessBox-v0",
+            total_steps=183,
+            random_steps=80,
+            updates_per_step=rate,
+            report_every=30,
+        )
+    )
     table = rows(tmp_path)
     assert len(spy["update"]) == count and [int(row["step"]) for row in table] == [32, 64, 96, 128, 160, 180]
     assert not table[1]["qf_loss"] and table[2]["qf_loss"]
     assert all(float(row["train_return"]) == float(row["train_length"]) == 5 for row in table)
 
 
-# --- probe environments ---------------------------------------------------------------------------------------------------
+# --- probe environments -------------------------------------------------------------------------------------
 
 
 def learnt(args):
-    """What a run leaves: Q of the policy's own action (observations in, the lesser of both), and its actions."""
+    """What a run leaves: Q of the policy's own action (observations in, the lesser of both), and its
+    actions."""
     sac.train(args)
     folder, envs = Path(args.run_dir), make_envs(args.env, 1)
     learner = load_checkpoint(folder / "checkpoint.pt", "--resume", "sac")["state"]["learner"]
@@ -339,7 +381,8 @@ FORMS = pytest.mark.parametrize("value_network", [False, True], ids=["twin-targe
 
 @FORMS
 def test_probe_time_limit_is_no_end_of_the_world(tmp_path, value_network):
-    """Reward 1 for ever, cut every 5 steps; a uniform policy's entropy is log 2, so V = (1 + alpha log 2) / (1 - gamma).
+    """Reward 1 for ever, cut every 5 steps; a uniform policy's entropy is log 2, so V = (1 + alpha log 2) /
+    (1 - gamma).
 
     A forgotten entropy makes Q = 5, a forgotten alpha 7.8, a truncation taken for a termination at most 4.6.
     """
@@ -380,18 +423,30 @@ def test_the_temperature_meets_its_target(tmp_path):
     assert float(rows(tmp_path)[-1]["entropy"]) == pytest.approx(-0.5, abs=0.25)
 
 
-# --- whole runs -----------------------------------------------------------------------------------------------------------
+# --- whole runs ---------------------------------------------------------------------------------------------
 
 
 @DEVICES
-@pytest.mark.parametrize("form", [{}, dict(value_network=True, alpha=0.2)], ids=["twin-targets", "value-network"])
+@pytest.mark.parametrize(
+    "form", [{}, dict(value_network=True, alpha=0.2)], ids=["twin-targets", "value-network"]
+)
 def test_compiled_equals_eager(tmp_path, monkeypatch, capsys, form, device):
     """200 updates on one task without chaos: what rounding leaves."""
     monkeypatch.setattr(_Compiled, "warned", False)  # by a test before this one
     ends = []
     for compiled in (False, True):
         folder = tmp_path / str(compiled)
-        sac.train(small(folder, "probe/ActOnObsBox-v0", compile=compiled, total_steps=280, hidden=(8,), device=device, **form))
+        sac.train(
+            small(
+                folder,
+                "probe/ActOnObsBox-v0",
+                compile=compiled,
+                total_steps=280,
+                hidden=(8,),
+                device=device,
+                **form,
+            )
+        )
         learner = load_checkpoint(folder / "checkpoint.pt", "--resume")["state"]["learner"]
         ends.append({name: x for name, x in learner.items() if not isinstance(x, dict)})
     assert "warning" not in capsys.readouterr().err  # that compilation failed
@@ -412,7 +467,9 @@ def test_bf16_reaches_torch(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     try:
         for bf16, precision in ((True, "medium"), (False, "highest")):
-            sac.train(small(tmp_path / precision, "probe/ActBox-v0", bf16=bf16, total_steps=84, eval_episodes=1))
+            sac.train(
+                small(tmp_path / precision, "probe/ActBox-v0", bf16=bf16, total_steps=84, eval_episodes=1)
+            )
             assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -422,15 +479,18 @@ def test_the_same_seed_gives_the_same_table(tmp_path):
     tables = []
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
         torch.manual_seed(99)  # nothing of the process's own generators may matter
-        np.random.seed(len(tables))  # noqa: NPY002
-        sac.train(small(tmp_path / name, "Pendulum-v1", seed=seed, total_steps=200, eval_every=100, eval_episodes=2))
+        np.random.seed(len(tables))
+        sac.train(
+            small(tmp_path / name, "Pendulum-v1", seed=seed, total_steps=200, eval_every=100, eval_episodes=2)
+        )
         tables.append(rows(tmp_path / name))
     assert tables[0] == tables[1] != tables[2] and len(tables[0]) == 2
     assert all(row["eval_return"] for row in tables[0])
 
 
 def test_a_stopped_run_resumed_goes_on(tmp_path, monkeypatch, spy):
-    """Networks, optimisers, buffer and generator are the checkpoint's; episodes start anew, and none is joined."""
+    """Networks, optimisers, buffer and generator are the checkpoint's; episodes start anew, and none is
+    joined."""
     whole = small(tmp_path / "run", "Pendulum-v1", checkpoint_every=1e-9, total_steps=400)
     report, seen = sac.Run.report, []
 
@@ -452,7 +512,9 @@ def test_a_stopped_run_resumed_goes_on(tmp_path, monkeypatch, spy):
 
     def watched(buffer, obs, action, step):
         if not seen:
-            seen.append((buffer.size, buffer.endings[1], buffer.obs[50].clone(), buffer.final_obs[:4].clone()))
+            seen.append(
+                (buffer.size, buffer.endings[1], buffer.obs[50].clone(), buffer.final_obs[:4].clone())
+            )
         add(buffer, obs, action, step)
 
     monkeypatch.setattr(ReplayBuffer, "add", watched)
@@ -497,7 +559,12 @@ def test_a_resumed_run_keeps_its_networks_and_buffer(tmp_path, command_line, arg
     sac.train(small(folder, "probe/ActBox-v0", eval_episodes=1, total_steps=100))
     before = {path: path.read_bytes() for path in folder.iterdir()}
     status, _, lines = command_line("--resume", folder, "--total-steps", 200, *argv)
-    assert status == 2 and len(lines) == 1 and lines[0].startswith(f"error: {argv[0]} ") and str(folder) in lines[0], lines
+    assert (
+        status == 2
+        and len(lines) == 1
+        and lines[0].startswith(f"error: {argv[0]} ")
+        and str(folder) in lines[0]
+    ), lines
     assert before == {path: path.read_bytes() for path in folder.iterdir()}
 
 

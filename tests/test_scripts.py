@@ -1,4 +1,5 @@
-"""scripts/: the benchmark's bookkeeping on a stub agent that trains nothing, evaluate.py and watch.py on a tiny real one."""
+"""scripts/: the benchmark's bookkeeping on a stub agent that trains nothing, evaluate.py and watch.py on a
+tiny real one."""
 
 import csv
 import itertools
@@ -19,15 +20,16 @@ import torch
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-import benchmark  # noqa: E402
-import evaluate  # noqa: E402
-import speed  # noqa: E402
-import watch  # noqa: E402
+import benchmark
+import evaluate
+import speed
+import watch
 
-from zoo import actor_critic, ppo, reinforce, sac, trpo  # noqa: E402
-from zoo.common.errors import UsageError  # noqa: E402
+from zoo import actor_critic, ppo, reinforce, sac, trpo
+from zoo.common.errors import UsageError
 
-# What a run leaves behind, without torch. Its evaluation is 10 x seed^2 + rate, checkpoints come every 300 steps.
+# What a run leaves behind, without torch. Its evaluation is 10 x seed^2 + rate, checkpoints come every 300
+# steps.
 STUB = """
 import argparse, dataclasses, fcntl, json, os, signal, sys, time
 from dataclasses import dataclass
@@ -92,9 +94,8 @@ if __name__ == "__main__":
 
     signal.signal(signal.SIGINT, interrupted)
     for step in range(start + 1, args.total_steps + 1):
-        last = step == args.total_steps
-        evaluation = f"{10 * args.seed**2 + args.rate},1.25" if last else f"{step},2" if step % 450 == 0 else ","
-        with open(table, "a") as file:
+        last = step == args.total_steps evaluation = f"{10 * args.seed**2 + args.rate},1.25" if last else
+        f"{step},2" if step % 450 == 0 else "," with open(table, "a") as file:
             file.write(f"{step},{step / 300:.10g},{300 + args.seed},12.3456789,9,{evaluation},0.123456789\\n")
         if step % 300 == 0:
             checkpoint.write_text(str(step))
@@ -115,7 +116,10 @@ def bench(tmp_path):
     benchmark.load_agent.cache_clear()
 
     class Bench:
-        results, runs = tmp_path / "results" / "stub" / "CartPole-v1", tmp_path / "runs" / "stub" / "CartPole-v1"
+        results, runs = (
+            tmp_path / "results" / "stub" / "CartPole-v1",
+            tmp_path / "runs" / "stub" / "CartPole-v1",
+        )
 
         def argv(self, *more, seeds="1-3"):
             folders = {"--agents": "agents", "--results": "results", "--runs": "runs"}
@@ -163,7 +167,9 @@ def test_results_hold_statistics_curves_and_provenance(bench, capsys):
     assert [row["step"] for row in rows if row["eval_return"]] == ["450", "900"]
     assert rows[5]["train_return"] == "12.3457" and rows[5]["loss"] == "0.123457"
     out = capsys.readouterr().out
-    assert "46.9 ± 40.4 [10.2 .. 90.2]" in out and out.rstrip().endswith(" 302")  # the median of 301, 302, 303 steps/s
+    assert "46.9 ± 40.4 [10.2 .. 90.2]" in out and out.rstrip().endswith(
+        " 302"
+    )  # the median of 301, 302, 303 steps/s
     assert "stub CartPole-v1 seed 3: 90.25 ± 1.25 over 3 episodes" in out
 
 
@@ -173,7 +179,9 @@ def test_finished_runs_are_skipped_and_new_seeds_join(bench, capsys):
     assert bench.calls() == ["CartPole-v1 1 fresh", "CartPole-v1 2 fresh", "CartPole-v1 3 fresh"]
     assert list(bench.meta()["seeds"]) == ["1", "2", "3"]
     capsys.readouterr()
-    (bench.results / "seed_2.csv").unlink()  # without its curve a seed is not recorded, but its run is still there
+    (
+        bench.results / "seed_2.csv"
+    ).unlink()  # without its curve a seed is not recorded, but its run is still there
     assert bench() == 0
     assert "3 of 3 runs are finished" in capsys.readouterr().out and bench.curve(2)
     shutil.rmtree(bench.runs)
@@ -217,7 +225,12 @@ def test_stopping_lets_runs_checkpoint_and_says_how_to_go_on(bench, number):
     command = [sys.executable, str(SCRIPTS / "benchmark.py"), *bench.argv("--jobs", "2")]
     environment = {**os.environ, "STUB_HANG": "1"}
     process = subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+        command,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
     )
     started = [bench.runs / f"seed_{seed}" / "checkpoint.pt" for seed in (1, 2)]
     deadline = time.monotonic() + 30
@@ -227,9 +240,13 @@ def test_stopping_lets_runs_checkpoint_and_says_how_to_go_on(bench, number):
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == 128 + number
     assert "to go on: python scripts/benchmark.py --agent stub" in stderr and "FAILED" not in stderr
-    assert (bench.runs / "seed_1.log").read_text() == "interrupted at step 300\n"  # it had the time to end by itself
+    assert (
+        bench.runs / "seed_1.log"
+    ).read_text() == "interrupted at step 300\n"  # it had the time to end by itself
     assert bench() == 0
-    assert bench.calls() == [f"CartPole-v1 {what}" for what in ("1 fresh", "1 resume", "2 fresh", "2 resume", "3 fresh")]
+    assert bench.calls() == [
+        f"CartPole-v1 {what}" for what in ("1 fresh", "1 resume", "2 fresh", "2 resume", "3 fresh")
+    ]
 
 
 def test_a_failed_run_is_reported_and_the_others_go_on(bench, monkeypatch, capsys):
@@ -267,7 +284,9 @@ def test_other_arguments_are_refused_unless_forced(bench, capsys):
     assert [(s, e["mean"]) for s, e in bench.meta()["seeds"].items()] == [("2", 42.0), ("4", 162.0)]
     assert sorted(path.name for path in bench.results.iterdir()) == ["meta.json", "seed_2.csv", "seed_4.csv"]
     assert bench("--total-steps", "800", "--results", str(bench.results.parents[1] / "new"), seeds="2") == 2
-    assert "total_steps 900 there, 800 here" in capsys.readouterr().err  # the run's own folder stands in the way, too
+    assert (
+        "total_steps 900 there, 800 here" in capsys.readouterr().err
+    )  # the run's own folder stands in the way, too
 
 
 def test_results_older_than_an_argument_count_as_made_with_its_default(bench, capsys):
@@ -387,7 +406,9 @@ def test_evaluate_repeats_the_final_evaluation_of_the_run(tmp_path, monkeypatch,
     capsys.readouterr()
     with open(folder / "progress.csv", newline="") as file:
         last = list(csv.DictReader(file))[-1]
-    expected = f"evaluation: {float(last['eval_return']):.2f} ± {float(last['eval_std']):.2f} over 4 episodes\n"
+    expected = (
+        f"evaluation: {float(last['eval_return']):.2f} ± {float(last['eval_std']):.2f} over 4 episodes\n"
+    )
     for path in (folder, folder / "agent.pt"):
         assert call(evaluate, monkeypatch, path, "--episodes", 4, "--seed", 3) == 0
         assert capsys.readouterr().out.startswith(expected + "min ")
@@ -427,7 +448,9 @@ def test_watch_writes_a_video(tiny, tmp_path, monkeypatch, capsys):
     video = tmp_path / "a.gif"
     assert call(watch, monkeypatch, tiny, "--video", video) == 0
     told = float(capsys.readouterr().out.split()[2])
-    assert told / 2 < len(imageio.imread(video)) <= told  # CartPole: a reward of 1 a step; GIFs merge equal frames
+    assert (
+        told / 2 < len(imageio.imread(video)) <= told
+    )  # CartPole: a reward of 1 a step; GIFs merge equal frames
     assert call(watch, monkeypatch, tiny, "--video", tmp_path / "a.avi") == 2
     assert "end the name in .mp4 or .gif" in capsys.readouterr().err
 

@@ -1,4 +1,5 @@
-"""TRPO: the Fisher matrix, conjugate gradient and the line search against their definitions; then the agent as a whole."""
+"""TRPO: the Fisher matrix, conjugate gradient and the line search against their definitions; then the agent
+as a whole."""
 
 import csv
 import dataclasses
@@ -24,7 +25,7 @@ F64 = torch.float64
 SCRIPT = Path(trpo.__file__)
 
 
-# --- a small policy in double precision -----------------------------------------------------------------------------------
+# --- a small policy in double precision ---------------------------------------------------------------------
 
 
 def problem(discrete, obs=7, seed=0, advantage_of=None):
@@ -59,14 +60,19 @@ def dense_fisher(params, forward, states):
     """Mean over states of E[score score^T], the expectation over actions taken exactly."""
     dist = forward(params, states)[0]
     if isinstance(dist, trpo.Categorical):
-        weighted = [(torch.full((len(states),), k), dist.logits.softmax(-1)[:, k]) for k in range(dist.logits.shape[-1])]
+        weighted = [
+            (torch.full((len(states),), k), dist.logits.softmax(-1)[:, k])
+            for k in range(dist.logits.shape[-1])
+        ]
     else:  # Gauss-Hermite with three nodes a dimension integrates polynomials up to degree 5; the scores' products have 4
         nodes, weights = np.polynomial.hermite_e.hermegauss(3)
         weighted = []
         for pick in itertools.product(range(3), repeat=dist.mean.shape[-1]):
             z = torch.tensor(nodes[list(pick)])
             weight = float(np.prod(weights[list(pick)] / weights.sum()))
-            weighted.append((dist.mean + dist.log_std.exp() * z, torch.full((len(states),), weight, dtype=F64)))
+            weighted.append(
+                (dist.mean + dist.log_std.exp() * z, torch.full((len(states),), weight, dtype=F64))
+            )
     total = torch.zeros(len(params), len(params), dtype=F64)
     for action, weight in weighted:
         score = jacrev(lambda p, a=action: forward(p, states)[0].log_prob(a))(params)  # (B, P)
@@ -92,7 +98,9 @@ def test_kl_is_that_of_the_distributions(discrete):
     params, forward, batch, _ = problem(discrete)
     old, new = batch.old, forward(params + 0.5 * torch.randn_like(params), batch.obs)[0]
     if discrete:
-        expected = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=d.logits) for d in (old, new)))
+        expected = torch.distributions.kl_divergence(
+            *(torch.distributions.Categorical(logits=d.logits) for d in (old, new))
+        )
     else:
         normals = (torch.distributions.Normal(d.mean, d.log_std.exp()) for d in (old, new))
         expected = torch.distributions.kl_divergence(*normals).sum(-1)
@@ -101,7 +109,7 @@ def test_kl_is_that_of_the_distributions(discrete):
     assert trpo.kl(old, old).abs().max() < 1e-12
 
 
-# --- conjugate gradient ---------------------------------------------------------------------------------------------------
+# --- conjugate gradient -------------------------------------------------------------------------------------
 
 
 def positive_definite(size, seed=0):
@@ -139,7 +147,7 @@ def test_conjugate_gradient_of_zero_is_zero():
     assert x.tolist() == [0, 0, 0] and residual == 0
 
 
-# --- the step -------------------------------------------------------------------------------------------------------------
+# --- the step -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("discrete", [False, True])
@@ -165,7 +173,9 @@ def test_an_accepted_step_improves_within_the_trust_region(discrete, delta):
     for seed in range(6):
         params, forward, batch, _ = problem(discrete, obs=30, seed=seed)
         args = trpo.Args(delta=delta, damping=0.01, fvp_subsample=1)
-        new, metrics = trpo.trust_region_step(params, batch, args=args, delta=args.delta, **functions(forward))
+        new, metrics = trpo.trust_region_step(
+            params, batch, args=args, delta=args.delta, **functions(forward)
+        )
         assert metrics["accepted"] == 1
         dist = forward(new, batch.obs)[0]
         mean_kl = trpo.kl(batch.old, dist).mean()
@@ -190,14 +200,18 @@ def test_a_rejected_search_leaves_the_policy_as_it_was(reason):
         if reason == "kl":
             return gain, metrics | {"kl": torch.tensor(0.0100001)}
         if reason == "surrogate":
-            return trpo.surrogate(params, batch, forward)[0], metrics | {"kl": torch.tensor(0.0)}  # no worse, but no better
+            return trpo.surrogate(params, batch, forward)[0], metrics | {
+                "kl": torch.tensor(0.0)
+            }  # no worse, but no better
         return (gain * torch.nan, metrics) if reason == "nan" else (gain, metrics)
 
     if reason == "no gradient":
         batch = batch._replace(advantage=torch.zeros_like(batch.advantage))
     before = params.clone()
     args = trpo.Args(delta=0.01, max_backtracks=4, backtrack=0.5, fvp_subsample=1)
-    new, metrics = trpo.trust_region_step(params, batch, args=args, delta=args.delta, **(given | {"evaluate": evaluate}))
+    new, metrics = trpo.trust_region_step(
+        params, batch, args=args, delta=args.delta, **(given | {"evaluate": evaluate})
+    )
     assert torch.equal(new, before) and torch.equal(params, before)
     assert metrics["accepted"] == metrics["step_fraction"] == 0
     assert all(np.isfinite(float(value)) for value in metrics.values())
@@ -242,7 +256,9 @@ def test_first_step_of_a_linear_gaussian_policy_is_the_closed_form():
 @pytest.mark.parametrize("discrete", [False, True])
 def test_neither_update_moves_the_other_ones_parameters(discrete):
     params, forward, batch, unflatten = problem(discrete, obs=30)
-    new, metrics = trpo.trust_region_step(params, batch, args=trpo.Args(fvp_subsample=1), delta=0.02, **functions(forward))
+    new, metrics = trpo.trust_region_step(
+        params, batch, args=trpo.Args(fvp_subsample=1), delta=0.02, **functions(forward)
+    )
     opt = trpo.new_adam(params)
     fitted = new
     for _ in range(3):
@@ -255,7 +271,7 @@ def test_neither_update_moves_the_other_ones_parameters(discrete):
         assert torch.equal(unflatten(new)[name], unflatten(fitted)[name]) == ("value" not in name), name
 
 
-# --- the agent ------------------------------------------------------------------------------------------------------------
+# --- the agent ----------------------------------------------------------------------------------------------
 
 QUICK = dict(total_steps=512, num_envs=4, num_steps=32, minibatch_size=64, hidden=(16,), eval_every=0, eval_episodes=2,
              compile=False, progress=False)  # fmt: skip
@@ -273,11 +289,14 @@ def run(folder, env, resume=None, **changes):
 def table(folder):
     """progress.csv without its clocks."""
     with open(folder / "progress.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in ("wall_time", "sps")} for row in csv.DictReader(file)]
+        return [
+            {k: v for k, v in row.items() if k not in ("wall_time", "sps")} for row in csv.DictReader(file)
+        ]
 
 
 def learnt(folder, env, **changes):
-    """Train on a probe; its return, the policy and V as functions of raw observations, rewards being left unscaled."""
+    """Train on a probe; its return, the policy and V as functions of raw observations, rewards being left
+    unscaled."""
     changes = dict(num_envs=32, num_steps=8, scale_rewards=False, normalize_obs=False) | PROBE | changes
     mean = run(folder, env, **changes)
     args = dataclasses.replace(trpo.Args(), env=env, **(QUICK | changes))
@@ -335,9 +354,9 @@ def test_values_of_successors_are_those_of_the_true_ones(tmp_path, monkeypatch):
         rollout, (_, value, next_value, *_) = seen["collect"][1][0], seen["gae"][0]
         stats, truncated = seen["normalize"][0][1], rollout.truncated & ~rollout.terminated
         for obs, given in ((rollout.obs, value), (rollout.next_obs, next_value)):
-            expected = functional_call(net, unflatten(params), ((obs - stats["mean"].float()) / stats["var"].sqrt().float(),))[
-                1
-            ]
+            expected = functional_call(
+                net, unflatten(params), ((obs - stats["mean"].float()) / stats["var"].sqrt().float(),)
+            )[1]
             which = ~rollout.terminated if given is next_value else torch.ones_like(truncated)
             torch.testing.assert_close(given[which], expected.view_as(given)[which], rtol=1e-4, atol=1e-4)
         wrong = (expected.view_as(given)[:-1] - value[1:])[truncated[:-1]]
@@ -358,11 +377,22 @@ def test_probe_acts(tmp_path, env, best, loss):
 
 
 def test_annealed_trust_region_and_learning_rate(tmp_path):
-    """Both fall linearly, by the share of the steps done when an update begins; the KL stays within the present delta."""
-    run(tmp_path, "probe/ActOnObs-v0", num_envs=8, num_steps=32, minibatch_size=64, total_steps=1024, anneal=True)
+    """Both fall linearly, by the share of the steps done when an update begins; the KL stays within the
+    present delta."""
+    run(
+        tmp_path,
+        "probe/ActOnObs-v0",
+        num_envs=8,
+        num_steps=32,
+        minibatch_size=64,
+        total_steps=1024,
+        anneal=True,
+    )
     rows = table(tmp_path)
     for column, start in (("delta", 0.02), ("learning_rate", 1e-3)):
-        np.testing.assert_allclose([float(row[column]) for row in rows], start * np.array([1, 0.75, 0.5, 0.25]), rtol=1e-5)
+        np.testing.assert_allclose(
+            [float(row[column]) for row in rows], start * np.array([1, 0.75, 0.5, 0.25]), rtol=1e-5
+        )
     assert all(float(row["kl"]) <= float(row["delta"]) for row in rows)
 
 
@@ -372,7 +402,8 @@ def test_learns_cartpole(tmp_path):
 
 @pytest.mark.parametrize("discrete", [False, True])
 def test_compiled_equals_eager_over_several_updates(discrete):
-    """In double precision, on given batches, few iterations: conjugate gradient, and environments, amplify rounding."""
+    """In double precision, on given batches, few iterations: conjugate gradient, and environments, amplify
+    rounding."""
     ends = []
     for enabled in (False, True):
         params, forward, _, unflatten = problem(discrete, obs=30)
@@ -380,18 +411,25 @@ def test_compiled_equals_eager_over_several_updates(discrete):
         cpu = torch.device("cpu")
         given = {name: compile_function(f, cpu, enabled) for name, f in functions(forward).items()}
         fit = compile_function(
-            lambda p, obs, target, f=forward: grad_and_value(trpo.value_fit_loss)(p, obs, target, f), cpu, enabled
+            lambda p, obs, target, f=forward: grad_and_value(trpo.value_fit_loss)(p, obs, target, f),
+            cpu,
+            enabled,
         )
         accepted = []
         for seed in range(4):
             batch = problem(discrete, obs=30, seed=seed)[2]
             batch = batch._replace(old=forward(params, batch.obs)[0])
-            params, metrics = trpo.trust_region_step(params, batch, args=trpo.Args(fvp_subsample=1), delta=0.02, **given)
+            params, metrics = trpo.trust_region_step(
+                params, batch, args=trpo.Args(fvp_subsample=1), delta=0.02, **given
+            )
             accepted.append(metrics["accepted"])
             g, _ = fit(params, batch.obs, batch.advantage)
             params, opt = trpo.adam(params, g, opt, torch.tensor(1e-2))
         assert accepted == [1, 1, 1, 1]
-        assert all(not torch.equal(a, b) for a, b in zip(unflatten(start).values(), unflatten(params).values(), strict=True))
+        assert all(
+            not torch.equal(a, b)
+            for a, b in zip(unflatten(start).values(), unflatten(params).values(), strict=True)
+        )
         ends.append(params)
     torch.testing.assert_close(*ends, rtol=1e-7, atol=1e-9)
 
@@ -399,7 +437,9 @@ def test_compiled_equals_eager_over_several_updates(discrete):
 def test_compiled_run_equals_eager_run(tmp_path, capsys):
     for name, compiled in (("eager", False), ("compiled", True)):
         run(tmp_path / name, "CartPole-v1", compile=compiled, total_steps=256)
-    eager, compiled = (load_checkpoint(tmp_path / name / "checkpoint.pt", "it")["state"] for name in ("eager", "compiled"))
+    eager, compiled = (
+        load_checkpoint(tmp_path / name / "checkpoint.pt", "it")["state"] for name in ("eager", "compiled")
+    )
     torch.testing.assert_close(eager["params"], compiled["params"], rtol=1e-3, atol=1e-4)
     assert "torch.compile failed" not in capsys.readouterr().err
 
@@ -454,7 +494,9 @@ def test_bad_input_is_told_in_one_line(tmp_path):
     for flag, value in cases.items():
         name = flag[2:].replace("-", "_")
         with pytest.raises(UsageError, match=f"^{flag} .*{value.rstrip('0').rstrip('.')}"):
-            trpo.check(dataclasses.replace(trpo.Args(), **{name: float(value) if "." in value else int(value)}))
+            trpo.check(
+                dataclasses.replace(trpo.Args(), **{name: float(value) if "." in value else int(value)})
+            )
     with pytest.raises(UsageError, match=r"^--delta"):
         trpo.check(trpo.Args(delta=float("nan")))
     with pytest.raises(UsageError, match=r"^--fvp-subsample 2000 is more than the batch of 1024"):

@@ -1,7 +1,9 @@
-"""A tabular MDP so small that every trajectory can be written down: policy gradients and variances without sampling.
+"""A tabular MDP so small that every trajectory can be written down: policy gradients and variances without
+sampling.
 
-States 0 and 1, actions 0 and 1, a softmax policy with one logit a state and action; an episode starts in either state,
-terminates by chance and is cut after HORIZON steps. `Env` is the same task for Gymnasium, observations one-hot.
+States 0 and 1, actions 0 and 1, a softmax policy with one logit a state and action; an episode starts in
+either state, terminates by chance and is cut after HORIZON steps. `Env` is the same task for Gymnasium,
+observations one-hot.
 """
 
 from typing import NamedTuple
@@ -14,7 +16,9 @@ from torch import Tensor
 HORIZON = 3
 START = torch.tensor([0.6, 0.4], dtype=torch.float64)
 # P[s, a, s'], with s' = 2 the end of the episode
-P = torch.tensor([[[0.0, 0.7, 0.3], [0.5, 0.5, 0.0]], [[0.4, 0.0, 0.6], [0.0, 0.8, 0.2]]], dtype=torch.float64)
+P = torch.tensor(
+    [[[0.0, 0.7, 0.3], [0.5, 0.5, 0.0]], [[0.4, 0.0, 0.6], [0.0, 0.8, 0.2]]], dtype=torch.float64
+)
 REWARD = torch.tensor([[1.0, 3.0], [-2.0, 5.0]], dtype=torch.float64)  # by state and action
 THETA = torch.tensor([0.3, -0.4, 0.2, 0.5], dtype=torch.float64)
 
@@ -52,8 +56,12 @@ def probabilities(theta: Tensor, episodes: list[Trajectory]) -> Tensor:
 
 def total(t: Trajectory, gamma: float, tail: Tensor | None = None) -> float:
     """The discounted return; with `tail` (S,) a cut episode gets what tail says its last state is worth."""
-    rewards = sum(gamma**i * REWARD[s, a].item() for i, (s, a) in enumerate(zip(t.states, t.actions, strict=True)))
-    return rewards + (gamma ** len(t.states) * tail[t.last].item() if tail is not None and t.last != 2 else 0.0)
+    rewards = sum(
+        gamma**i * REWARD[s, a].item() for i, (s, a) in enumerate(zip(t.states, t.actions, strict=True))
+    )
+    return rewards + (
+        gamma ** len(t.states) * tail[t.last].item() if tail is not None and t.last != 2 else 0.0
+    )
 
 
 def exact_gradient(gamma: float, tail: Tensor | None = None) -> Tensor:

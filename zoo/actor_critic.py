@@ -1,51 +1,67 @@
 """Advantage actor-critic (Mnih et al. 2016, arXiv:1602.01783; synchronous, "A2C"), one file.
 
-REINFORCE waits for an episode's end; here a critic V stands for the rewards still to come, so that N environments update
-every T steps. The policy follows sum_t grad log pi(a_t|s_t) A_t, with an advantage that trusts the critic more or less:
+REINFORCE waits for an episode's end; here a critic V stands for the rewards still to come, so that N
+environments update every T steps. The policy follows sum_t grad log pi(a_t|s_t) A_t, with an advantage that
+trusts the critic more or less:
 
     td       A_t = delta_t = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)
-    n-step   A_t = r_t + gamma r_{t+1} + ... + gamma^n V(s_{t+n}) - V(s_t)     up to the rollout's or the episode's end
+    n-step   A_t = r_t + gamma r_{t+1} + ... + gamma^n V(s_{t+n}) - V(s_t)   to the rollout's or episode's end
     gae      A_t = delta_t + gamma lambda (1 - ended_t) A_{t+1}                ended = terminated or truncated
 
-s_{t+1} is the true successor: a time limit cuts the sums but bootstraps, a termination does not. V's target is A_t + V(s_t).
+s_{t+1} is the true successor: a time limit cuts the sums but bootstraps, a termination does not. V's target
+is A_t + V(s_t).
 
-    loss     = -E[ w_t A_t ] + c1 E[(V(s_t) - target)^2] - c2 E[H(pi(.|s_t))]      w_t = pi(a_t|s_t) / pi_old(a_t|s_t)
+    loss     = -E[ w_t A_t ] + c1 E[(V(s_t) - target)^2] - c2 E[H(pi(.|s_t))]   w_t = pi(a_t|s_t) / pi_old(a_t|s_t)
 
 The gradient of w_t is w_t grad log pi(a_t|s_t): the policy gradient in the first epoch, where w = 1, and with
---off-policy-epochs K > 1 its importance-weighted form for a batch of an older policy. Nothing but hope keeps w near 1:
-effective_sample_size, (sum w)^2 / (n sum w^2), says what share of the batch still counts. TRPO and PPO limit w.
-The weight corrects the action at s_t only, not how often pi would have come to s_t.
+--off-policy-epochs K > 1 its importance-weighted form for a batch of an older policy. Nothing but hope keeps
+w near 1: effective_sample_size, (sum w)^2 / (n sum w^2), says what share of the batch still counts. TRPO and
+PPO limit w. The weight corrects the action at s_t only, not how often pi would have come to s_t.
 
-    python zoo/actor_critic.py --env HalfCheetah-v4
-    python zoo/actor_critic.py --env CartPole-v1 --advantage td
-    python zoo/actor_critic.py --optimizer rmsprop --learning-rate 7e-4 --num-envs 16 --num-steps 5 --entropy-coef 0.01
+    python zoo/actor_critic.py --env HalfCheetah-v4 python zoo/actor_critic.py --env CartPole-v1 --advantage
+    td python zoo/actor_critic.py --optimizer rmsprop --learning-rate 7e-4 --num-envs 16 --num-steps 5
+    --entropy-coef 0.01
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
-from torch.utils._pytree import tree_map
 
-from zoo.common.cli import RunArgs, check_args, main, require
-from zoo.common.device import compile_function, flatten, restore_generator, setup
+from zoo.common.args import RunArgs, check_args
+from zoo.common.cli import main
+from zoo.common.device import compile_function, flatten, loader, setup
 from zoo.common.envs import VectorEnv, make_envs
-from zoo.common.normalize import discounted_sums, new_stats, normalize, update_stats
-from zoo.common.optim import adam, clip_grad, new_adam, new_rmsprop, rmsprop
-from zoo.common.run import Policy, Run
+from zoo.common.evaluate import Evaluation, Policy
+from zoo.common.normalize import (
+    Stats,
+    discounted_sums,
+    new_stats,
+    normalize,
+    normalizer,
+    return_scale,
+    update_stats,
+)
+from zoo.common.optim import Moments, adam, clip_grad, new_adam, new_rmsprop, rmsprop
+from zoo.common.run import Run
+from zoo.common.seeding import env_seeds, generator_seed
 
 
 @dataclass
 class Args(RunArgs):
+    kept: ClassVar = (*RunArgs.kept, "hidden", "shared_network", "log_std", "optimizer")
+
     num_envs: int = 32  # environments stepped together, N
     num_steps: int = 8  # steps of each environment between updates, T; a batch is N x T transitions
     advantage: Literal["td", "n-step", "gae"] = "gae"  # how far rewards are trusted before the critic is
     off_policy_epochs: int = 1  # updates on each batch, weighted by the importance ratio
-    optimizer: Literal["adam", "rmsprop"] = "adam"  # RMSprop, A3C's, starts with leaps ten learning rates long
+    optimizer: Literal["adam", "rmsprop"] = (
+        "adam"  # RMSprop, A3C's, starts with leaps ten learning rates long
+    )
     learning_rate: float = 2e-3  # the optimiser's
     anneal: bool = True  # let the learning rate fall linearly to 0 over the run
     gamma: float = 0.99  # discount
@@ -55,10 +71,14 @@ class Args(RunArgs):
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
     shared_network: bool = False  # one trunk for policy and value instead of two
-    log_std: float = -0.5  # initial log standard deviation of a Gaussian policy, in units of half the action range
+    log_std: float = (
+        -0.5
+    )  # initial log standard deviation of a Gaussian policy, in units of half the action range
     normalize_obs: bool = True  # observations by their running mean and standard deviation
     scale_rewards: bool = True  # rewards by the running standard deviation of the discounted return
-    report_every: int = 2048  # environment steps between reports (rounded to whole updates), which would outweigh an update
+    report_every: int = (
+        2048  # environment steps between reports (rounded to whole updates), which would outweigh an update
+    )
 
 
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
@@ -72,7 +92,7 @@ SETTINGS: dict[str, dict] = {
 }  # fmt: skip
 
 
-# --- networks and distributions -------------------------------------------------------------------------------------------
+# --- networks and distributions -----------------------------------------------------------------------------
 
 
 class Gaussian(NamedTuple):
@@ -115,7 +135,7 @@ class Categorical(NamedTuple):
 
 
 def draw_noise(envs: VectorEnv, *shape: int, generator: torch.Generator) -> Tensor:
-    """The randomness of actions, drawn ahead so that acting is a pure function: standard normal or Gumbel (*shape, A)."""
+    """The randomness of actions, drawn ahead of acting: standard normal or Gumbel, (*shape, A)."""
     noise = torch.empty(*shape, envs.action_dim, device=generator.device)
     if envs.discrete:
         return -noise.exponential_(generator=generator).log()
@@ -137,23 +157,30 @@ def trunk(inputs: int, hidden: tuple[int, ...]) -> nn.Sequential:
 
 
 class ActorCritic(nn.Module):
-    """obs (B, D) -> the policy's distribution and V (B,)."""
+    """obs (..., D) -> the policy's distribution and V (...)."""
 
     def __init__(self, envs: VectorEnv, hidden: tuple[int, ...], log_std: float, shared: bool):
         super().__init__()
         self.policy_trunk = trunk(envs.obs_dim, hidden)
         self.value_trunk = self.policy_trunk if shared else trunk(envs.obs_dim, hidden)
-        self.policy_head = layer(hidden[-1], envs.action_dim, 0.01)  # near-uniform or near-zero-mean actions at the start
+        self.policy_head = layer(
+            hidden[-1], envs.action_dim, 0.01
+        )  # near-uniform or near-zero-mean actions at the start
         self.value_head = layer(hidden[-1], 1, 1.0)
         self.log_std = None if envs.discrete else nn.Parameter(torch.full((envs.action_dim,), log_std))
 
-    def forward(self, obs: Tensor) -> tuple[Gaussian | Categorical, Tensor]:
+    def policy(self, obs: Tensor) -> Gaussian | Categorical:
         output = self.policy_head(self.policy_trunk(obs))
-        dist = Categorical(output) if self.log_std is None else Gaussian(output, self.log_std)
-        return dist, self.value_head(self.value_trunk(obs)).squeeze(-1)
+        return Categorical(output) if self.log_std is None else Gaussian(output, self.log_std)
+
+    def value(self, obs: Tensor) -> Tensor:
+        return self.value_head(self.value_trunk(obs)).squeeze(-1)
+
+    def forward(self, obs: Tensor) -> tuple[Gaussian | Categorical, Tensor]:
+        return self.policy(obs), self.value(obs)
 
 
-# --- estimators -----------------------------------------------------------------------------------------------------------
+# --- estimators ---------------------------------------------------------------------------------------------
 
 
 def td(reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, gamma: float) -> Tensor:
@@ -161,10 +188,14 @@ def td(reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, ga
     return reward + gamma * next_value * ~terminated - value
 
 
-def n_step(reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor, gamma: float) -> Tensor:
-    """The n-step return less V (T, N) (S3 5.10): n reaches to the end of the rollout or of the episode; all inputs (T, N).
+def n_step(
+    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor, gamma: float
+) -> Tensor:
+    """The n-step return less V (T, N) (S3 5.10): n reaches to the end of the rollout or of the episode; all
+    inputs (T, N).
 
-    next_value[t] is V of the true successor of step t, which follows the last reward unless the episode terminated there.
+    next_value[t] is V of the true successor of step t, which follows the last reward unless the episode
+    terminated there.
     """
     return_, running = torch.empty_like(reward), next_value[-1]
     for t in reversed(range(len(reward))):
@@ -174,57 +205,57 @@ def n_step(reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor
 
 
 def gae(
-    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor, gamma: float, lam: float
-) -> Tensor:
-    """Generalised advantage estimates (T, N) (Schulman et al. 2016, arXiv:1506.02438, eq. 16); all inputs (T, N).
+    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor,
+    gamma: float, lam: float,
+) -> Tensor:  # fmt: skip
+    """Generalised advantage estimates (T, N) (Schulman et al. 2016, arXiv:1506.02438, eq. 16) of (T, N).
 
-    next_value[t] is V of the true successor of step t. The recursion is cut at every episode's end; the bootstrap
-    gamma * next_value only at terminations, because a time limit does not make the future worthless.
+    next_value[t] is V of the true successor of step t. The recursion is cut at every episode's end; the
+    bootstrap gamma * next_value only at terminations, because a time limit does not make the future
+    worthless.
     """
     delta = reward + gamma * next_value * ~terminated - value
     decay = gamma * lam * ~(terminated | truncated)
-    advantage = torch.empty_like(delta)
-    running = torch.zeros_like(delta[0])
-    for t in reversed(range(len(delta))):
-        advantage[t] = running = delta[t] + decay[t] * running
-    return advantage
+    advantage, running = [], torch.zeros_like(delta[0])
+    for delta_t, decay_t in zip(reversed(delta.unbind()), reversed(decay.unbind()), strict=True):
+        running = delta_t + decay_t * running
+        advantage.append(running)
+    return torch.stack(advantage[::-1])
 
 
 def effective_sample_size(weight: Tensor) -> Tensor:
-    """(sum w)^2 / (n sum w^2) of importance weights (n,): 1 when all are equal, 1 / n when one outweighs the others."""
+    """(sum w)^2 / (n sum w^2) of importance weights (n,): from 1 / n, where one outweighs all, to 1."""
     return weight.sum() ** 2 / (len(weight) * (weight**2).sum())
 
 
-# --- losses ---------------------------------------------------------------------------------------------------------------
+# --- losses -------------------------------------------------------------------------------------------------
 
 
 class Transitions(NamedTuple):
-    """T steps of N environments as the networks see them, (T, N, ...) each."""
+    """Transitions, (B, ...) each, what the policy that acted said of them, and what they teach."""
 
     obs: Tensor
     action: Tensor
     log_prob: Tensor
-    reward: Tensor
-    next_obs: Tensor
-    terminated: Tensor
-    truncated: Tensor
+    advantage: Tensor
+    return_: Tensor
 
 
 def actor_critic_loss(
-    params: Tensor, batch: Transitions, advantage: Tensor, return_: Tensor, forward, args: Args
+    params: Tensor, batch: Transitions, forward: Callable, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of the module's docstring and what to log of it; forward(params, obs) gives the distribution and V."""
-    dist, value = forward(params, batch.obs.flatten(0, 1))
-    ratio = (dist.log_prob(batch.action.flatten(0, 1)) - batch.log_prob.flatten()).exp()
-    pg_loss = -(ratio * advantage.flatten()).mean()
-    v_loss = ((value - return_.flatten()) ** 2).mean()
+    """The module's loss and what to log of it; forward(params, obs) gives the distribution and V."""
+    dist, value = forward(params, batch.obs)
+    ratio = (dist.log_prob(batch.action) - batch.log_prob).exp()
+    pg_loss = -(ratio * batch.advantage).mean()
+    v_loss = ((value - batch.return_) ** 2).mean()
     entropy = dist.entropy().mean()
     metrics = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}
     metrics["effective_sample_size"] = effective_sample_size(ratio)
     return pg_loss + args.value_coef * v_loss - args.entropy_coef * entropy, metrics
 
 
-# --- the run --------------------------------------------------------------------------------------------------------------
+# --- the update ---------------------------------------------------------------------------------------------
 
 
 class Rollout(NamedTuple):
@@ -238,30 +269,107 @@ class Rollout(NamedTuple):
     truncated: Tensor
 
 
-def collect(envs: VectorEnv, obs: np.ndarray, act, noise: Tensor) -> tuple[Rollout, np.ndarray, list]:
-    """Act by `act(obs, noise[t])` for T steps from `obs`; the rollout, the observations to go on from, the episodes ended."""
+def estimate(rollout: Rollout, value: Tensor, next_value: Tensor, args: Args) -> Tensor:
+    """The advantages (T, N) that --advantage names."""
+    reward, terminated, truncated = rollout.reward, rollout.terminated, rollout.truncated
+    if args.advantage == "td":
+        return td(reward, value, next_value, terminated, args.gamma)
+    if args.advantage == "n-step":
+        return n_step(reward, value, next_value, terminated, truncated, args.gamma)
+    return gae(reward, value, next_value, terminated, truncated, args.gamma, args.gae_lambda)
+
+
+def learn(
+    forward: Callable, args: Args, params: Tensor, opt: Moments, rollout: Rollout, learning_rate: Tensor
+) -> tuple[Tensor, Moments, dict[str, Tensor]]:
+    """The updates from a rollout as the networks see it: the new parameters and optimiser, and metrics."""
+    optimize = adam if args.optimizer == "adam" else rmsprop
+    obs, next_obs, action = (x.flatten(0, 1) for x in (rollout.obs, rollout.next_obs, rollout.action))
+    log_prob = forward(params, obs)[0].log_prob(action)
+    for _ in range(args.off_policy_epochs):
+        value, next_value = (forward(params, x)[1].view_as(rollout.reward) for x in (obs, next_obs))
+        advantage = estimate(rollout, value, next_value, args)
+        return_ = advantage + value
+        batch = Transitions(obs, action, log_prob, advantage.flatten(), return_.flatten())
+        grad, (_, metrics) = grad_and_value(actor_critic_loss, has_aux=True)(params, batch, forward, args)
+        grad, grad_norm = clip_grad(grad, args.max_grad_norm)
+        params, opt = optimize(params, grad, opt, learning_rate)
+    unexplained = advantage.var(correction=0) / (return_.var(correction=0) + 1e-8)
+    return params, opt, metrics | {"grad_norm": grad_norm, "explained_variance": 1 - unexplained}
+
+
+# --- the run ------------------------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """What a run goes on from: everything that training changes, by name."""
+
+    params: Tensor
+    opt: Moments
+    obs_stats: Stats
+    return_stats: Stats
+    generator: torch.Generator
+
+
+def policy_at(net: ActorCritic, obs_stats: Stats) -> Callable[[np.ndarray], Gaussian | Categorical]:
+    """Observations (N, D) to the distribution of actions, by the parameters that are in `net`.
+
+    Runs as it stands: a compiled call costs more than the few products of a single step.
+    """
+    device, seen = obs_stats["mean"].device, normalizer(obs_stats)
+
+    def policy(obs: np.ndarray) -> Gaussian | Categorical:
+        return net.policy(seen(torch.as_tensor(obs, device=device)))
+
+    return policy
+
+
+def collect(envs: VectorEnv, obs: np.ndarray, policy, noise: Tensor) -> tuple[Rollout, np.ndarray, list]:
+    """Act by samples of `policy(obs)` for T steps; the rollout, the next observations, episodes ended."""
     rows, episodes = [], []
     for step_noise in noise:
-        action = act(torch.as_tensor(obs, device=noise.device), step_noise).cpu().numpy()
+        action = policy(obs).sample(step_noise).cpu().numpy()
         step = envs.step(action)
-        rows.append((obs, action, step.reward.astype(np.float32), step.next_obs, step.terminated, step.truncated))
+        rows.append(
+            (obs, action, step.reward.astype(np.float32), step.next_obs, step.terminated, step.truncated)
+        )
         obs = step.obs
         episodes += step.episodes
     columns = [torch.as_tensor(np.stack(column), device=noise.device) for column in zip(*rows, strict=True)]
     return Rollout(*columns), obs, episodes
 
 
-def make_policy(envs: VectorEnv, args: Args, acting: dict) -> Policy:
-    """The deterministic policy of what an agent.pt holds: observations (B, D) to the modes of their action distributions."""
-    device = acting["params"].device
-    net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(device)
-    params = flatten(net)[1](acting["params"])
+def as_seen(
+    rollout: Rollout, obs_stats: Stats, return_stats: Stats, sums: Tensor, args: Args
+) -> tuple[Rollout, Stats, Stats, Tensor]:
+    """The rollout as the networks see it, and the statistics with it counted in.
 
-    def policy(obs: np.ndarray) -> np.ndarray:
-        seen = normalize(torch.as_tensor(obs, device=device), acting["obs_stats"])
-        return functional_call(net, params, (seen,))[0].mode().cpu().numpy()
+    Observations are normalised as they were when they were acted on; rewards are scaled with their own sums
+    counted. sums (N,) are each environment's discounted rewards so far, which the next rollout goes on from.
+    """
+    obs, next_obs = normalize(rollout.obs, obs_stats), normalize(rollout.next_obs, obs_stats)
+    reward = rollout.reward
+    if args.scale_rewards:
+        ended = rollout.terminated | rollout.truncated
+        all_sums, sums = discounted_sums(reward, ended, sums, args.gamma)
+        return_stats = update_stats(return_stats, all_sums.flatten())
+        reward = reward / return_scale(return_stats)
+    if args.normalize_obs:
+        obs_stats = update_stats(obs_stats, rollout.obs.flatten(0, 1))
+    return rollout._replace(obs=obs, next_obs=next_obs, reward=reward), obs_stats, return_stats, sums
 
-    return policy
+
+def acting(state: State) -> dict:
+    """What acting needs, and nothing else: an agent.pt."""
+    return {"params": state.params, "obs_stats": state.obs_stats}
+
+
+def make_policy(envs: VectorEnv, args: Args, agent: dict) -> Policy:
+    """The deterministic policy of what an agent.pt holds: observations (N, D) to modes."""
+    net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(agent["params"].device)
+    loader(net)(agent["params"])
+    policy = policy_at(net, agent["obs_stats"])
+    return lambda obs: policy(obs).mode().cpu().numpy()
 
 
 def check(args: Args) -> None:
@@ -273,8 +381,6 @@ def check(args: Args) -> None:
         positive=("learning_rate", "max_grad_norm"),
         finite=("value_coef", "entropy_coef", "log_std"),
     )
-    batch = args.num_envs * args.num_steps
-    require(args.total_steps >= batch, f"--total-steps {args.total_steps} is less than one batch of {batch} steps")
 
 
 def train(args: Args) -> float:
@@ -282,86 +388,51 @@ def train(args: Args) -> float:
     check(args)
     device = setup(args.device, args.threads)
     envs = make_envs(args.env, args.num_envs, threads=args.env_threads)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(generator_seed(args.seed, "network"))
     net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(device)
     params, unflatten = flatten(net)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    new_opt, optimize = (new_adam, adam) if args.optimizer == "adam" else (new_rmsprop, rmsprop)
 
     def forward(params, obs):
         return functional_call(net, unflatten(params), (obs,))
 
-    def act(params, obs_stats, obs, noise):
-        return forward(params, normalize(obs, obs_stats))[0].sample(noise)
+    def iterate(params, opt, obs_stats, return_stats, sums, rollout, learning_rate):
+        seen, obs_stats, return_stats, sums = as_seen(rollout, obs_stats, return_stats, sums, args)
+        params, opt, metrics = learn(forward, args, params, opt, seen, learning_rate)
+        return params, opt, obs_stats, return_stats, sums, metrics
 
-    def prepare(params, obs_stats, return_stats, carry, rollout):
-        """What the update reads of a rollout, and the statistics with the rollout counted in."""
-        reward = rollout.reward
-        if args.scale_rewards:
-            sums, carry = discounted_sums(reward, rollout.terminated | rollout.truncated, carry, args.gamma)
-            return_stats = update_stats(return_stats, sums.flatten())
-            reward = reward / (return_stats["var"] + 1e-8).sqrt().float()
-        obs, next_obs = normalize(rollout.obs, obs_stats), normalize(rollout.next_obs, obs_stats)
-        dist = forward(params, obs.flatten(0, 1))[0]
-        log_prob = dist.log_prob(rollout.action.flatten(0, 1)).view_as(reward)
-        if args.normalize_obs:
-            obs_stats = update_stats(obs_stats, rollout.obs.flatten(0, 1))
-        batch = Transitions(obs, rollout.action, log_prob, reward, next_obs, rollout.terminated, rollout.truncated)
-        return batch, obs_stats, return_stats, carry
-
-    def update(params, opt, batch, learning_rate):
-        """One update, a pure function: parameters, optimiser and batch in, the new ones and metrics out."""
-        value, next_value = (forward(params, obs.flatten(0, 1))[1].view_as(batch.reward) for obs in (batch.obs, batch.next_obs))
-        if args.advantage == "td":
-            advantage = td(batch.reward, value, next_value, batch.terminated, args.gamma)
-        elif args.advantage == "n-step":
-            advantage = n_step(batch.reward, value, next_value, batch.terminated, batch.truncated, args.gamma)
-        else:
-            advantage = gae(batch.reward, value, next_value, batch.terminated, batch.truncated, args.gamma, args.gae_lambda)
-        grad, (_, metrics) = grad_and_value(actor_critic_loss, has_aux=True)(
-            params, batch, advantage, advantage + value, forward, args
-        )
-        grad, grad_norm = clip_grad(grad, args.max_grad_norm)
-        params, opt = optimize(params, grad, opt, learning_rate)
-        unexplained = advantage.var(correction=0) / ((advantage + value).var(correction=0) + 1e-8)
-        return params, opt, metrics | {"grad_norm": grad_norm, "explained_variance": 1 - unexplained}
-
-    def policy(obs):  # at the present parameters, without noise, for evaluations
-        return forward(params, normalize(torch.as_tensor(obs, device=device), obs_stats))[0].mode().cpu().numpy()
-
-    def snapshot():
-        return {
-            "params": params, "obs_stats": obs_stats, "opt": opt, "return_stats": return_stats,
-            "generator": generator.get_state(),
-        }  # fmt: skip
-
-    act, prepare, update = (compile_function(f, device, args.compile) for f in (act, prepare, update))
-
-    run = Run(args, "actor_critic", envs, lambda: make_envs(args.env, args.eval_episodes, threads=args.env_threads))
-    obs_stats, opt, return_stats = new_stats(envs.obs_dim), new_opt(params), new_stats()
-    state = run.restore() or snapshot()
-    restore_generator(generator, state.pop("generator"), args.seed + run.step)
-    params, obs_stats, opt, return_stats = tree_map(lambda x: x.to(device), tuple(state.values()))
-    obs = envs.reset(args.seed + run.step)  # a resumed run begins new episodes
-    carry = torch.zeros(args.num_envs, device=device)
+    load, iterate = loader(net), compile_function(iterate, device, args.compile)
+    run = Run(args, "actor_critic", Evaluation(args, make_policy), engine=envs.engine)
+    generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "noise"))
+    opt = new_adam(params) if args.optimizer == "adam" else new_rmsprop(params)
+    obs_stats, return_stats = new_stats(envs.obs_dim, device=device), new_stats(device=device)
+    state = run.restore(State(params, opt, obs_stats, return_stats, generator))
+    params, opt, obs_stats, return_stats, generator = state
+    load(params)
+    # a resumed run begins new episodes
+    obs = envs.reset(env_seeds(args.seed, "environments", args.num_envs, run.step))
+    sums = torch.zeros(args.num_envs, device=device)
     batch_size = args.num_envs * args.num_steps
 
-    while (updates := min(max(args.report_every // batch_size, 1), (args.total_steps - run.step) // batch_size)) > 0:
+    while run.step < args.total_steps:
         step, episodes, metrics = run.step, [], []
-        for noise in draw_noise(envs, updates, args.num_steps, args.num_envs, generator=generator):
-            remaining = 1 - step / args.total_steps
-            learning_rate = torch.tensor(args.learning_rate * (remaining if args.anneal else 1.0), device=device)
-            rollout, obs, ended = collect(envs, obs, partial(act, params, obs_stats), noise)
-            batch, obs_stats, return_stats, carry = prepare(params, obs_stats, return_stats, carry, rollout)
-            for _ in range(args.off_policy_epochs):
-                params, opt, info = update(params, opt, batch, learning_rate)
+        while step < min(run.step + args.report_every, args.total_steps):
+            remaining = 1 - step / args.total_steps if args.anneal else 1.0
+            learning_rate = torch.tensor(args.learning_rate * remaining, device=device)
+            noise = draw_noise(envs, args.num_steps, args.num_envs, generator=generator)
+            rollout, obs, ended = collect(envs, obs, policy_at(net, obs_stats), noise)
+            params, opt, obs_stats, return_stats, sums, info = iterate(
+                params, opt, obs_stats, return_stats, sums, rollout, learning_rate
+            )
+            load(params)
             metrics.append(info)
             episodes += ended
             step += batch_size
 
         means = {name: torch.stack([info[name] for info in metrics]).mean() for name in metrics[0]}
-        run.report(step, snapshot(), means | {"learning_rate": learning_rate}, episodes, policy)
-    return run.finish(snapshot(), policy, {"params": params, "obs_stats": obs_stats})
+        state = State(params, opt, obs_stats, return_stats, generator)
+        run.report(step, state, acting(state), means | {"learning_rate": learning_rate}, episodes)
+    envs.close()
+    return run.finish(state, acting(state))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
 """Proximal Policy Optimisation (Schulman et al. 2017, arXiv:1707.06347), one file.
 
-Collect T steps of N environments with the current policy pi_old, estimate advantages, then take several epochs of
-minibatch steps on a surrogate that is only trusted near pi_old. With r_t = pi(a_t|s_t) / pi_old(a_t|s_t):
+Collect T steps of N environments with the current policy pi_old, estimate advantages, then take several
+epochs of minibatch steps on a surrogate that is only trusted near pi_old. With r_t = pi(a_t|s_t) /
+pi_old(a_t|s_t):
 
     clip         L = E[ min( r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t ) ]
-    kl           L = E[ r_t A_t ] - beta E[ KL(pi_old || pi) ]          adaptive-kl: beta follows a target KL (section 4)
-    unclipped    L = E[ r_t A_t ]                                       trusts r_t anywhere: watch approx_kl run away
+    kl           L = E[ r_t A_t ] - beta E[ KL(pi_old || pi) ]   adaptive-kl: beta follows a target (section 4)
+    unclipped    L = E[ r_t A_t ]                                trusts r_t anywhere: watch approx_kl
 
-    delta_t = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)        s_{t+1} the true successor, also at a time limit
-    A_t     = delta_t + gamma lambda (1 - ended_t) A_{t+1}              ended = terminated or truncated
+    delta_t = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)       s_{t+1} the true successor, at a time limit too
+    A_t     = delta_t + gamma lambda (1 - ended_t) A_{t+1}             ended = terminated or truncated
     V's target R_t = A_t + V(s_t), from the raw advantage, never the normalised one
     loss    = -L + c1 E[(V(s_t) - R_t)^2] - c2 E[H(pi(.|s_t))]
 
-Advantages are recomputed with the improving critic before each epoch (Andrychowicz et al. 2021, arXiv:2006.05990).
+Advantages are recomputed with the improving critic before each epoch (Andrychowicz et al. 2021,
+arXiv:2006.05990).
 
     python zoo/ppo.py --env HalfCheetah-v4
     python zoo/ppo.py --env CartPole-v1 --seed 2
@@ -21,7 +23,7 @@ Advantages are recomputed with the improving critic before each epoch (Andrychow
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +51,8 @@ from zoo.common.seeding import env_seeds, generator_seed
 
 @dataclass
 class Args(RunArgs):
+    kept: ClassVar = (*RunArgs.kept, "hidden", "shared_network", "log_std", "kl_coef")
+
     num_envs: int = 64  # environments stepped together, N
     num_steps: int = 32  # steps of each environment between updates, T; a batch is N x T transitions
     num_epochs: int = 10  # passes over a batch
@@ -93,16 +97,17 @@ SETTINGS: dict[str, dict] = {
         num_envs=16, num_steps=64, gae_lambda=0.98, normalize_advantages=True, eval_episodes=100,
     ),
     "MountainCarContinuous-v0": dict(
-        total_steps=20_000, num_envs=8, num_steps=64, learning_rate=1e-3, gamma=0.999, log_std=0.0, eval_every=5_000,
+        total_steps=20_000, num_envs=8, num_steps=64, learning_rate=1e-3, gamma=0.999, log_std=0.0,
+        eval_every=5_000,
     ),
     "Pendulum-v1": dict(
-        total_steps=100_000, num_envs=8, num_steps=128, num_epochs=20, learning_rate=1e-3, gamma=0.98, log_std=-0.5,
-        eval_every=20_000, eval_episodes=100,
+        total_steps=100_000, num_envs=8, num_steps=128, num_epochs=20, learning_rate=1e-3, gamma=0.98,
+        log_std=-0.5, eval_every=20_000, eval_episodes=100,
     ),
 }  # fmt: skip
 
 
-# --- networks and distributions -------------------------------------------------------------------------------------------
+# --- networks and distributions -----------------------------------------------------------------------------
 
 
 class Gaussian(NamedTuple):
@@ -145,7 +150,7 @@ class Categorical(NamedTuple):
 
 
 def draw_noise(envs: VectorEnv, *shape: int, generator: torch.Generator) -> Tensor:
-    """The randomness of actions, drawn ahead so that acting is a pure function: standard normal or Gumbel (*shape, A)."""
+    """The randomness of actions, drawn ahead of acting: standard normal or Gumbel, (*shape, A)."""
     noise = torch.empty(*shape, envs.action_dim, device=generator.device)
     if envs.discrete:
         return -noise.exponential_(generator=generator).log()
@@ -190,22 +195,18 @@ class ActorCritic(nn.Module):
         return self.policy(obs), self.value(obs)
 
 
-# --- estimators -----------------------------------------------------------------------------------------------------------
+# --- estimators ---------------------------------------------------------------------------------------------
 
 
 def gae(
-    reward: Tensor,
-    value: Tensor,
-    next_value: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
-    gamma: float,
-    lam: float,
-) -> Tensor:
-    """Generalised advantage estimates (T, N) (Schulman et al. 2016, arXiv:1506.02438, eq. 16); all inputs (T, N).
+    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor,
+    gamma: float, lam: float,
+) -> Tensor:  # fmt: skip
+    """Generalised advantage estimates (T, N) (Schulman et al. 2016, arXiv:1506.02438, eq. 16) of (T, N).
 
-    next_value[t] is V of the true successor of step t. The recursion is cut at every episode's end; the bootstrap
-    gamma * next_value only at terminations, because a time limit does not make the future worthless.
+    next_value[t] is V of the true successor of step t. The recursion is cut at every episode's end; the
+    bootstrap gamma * next_value only at terminations, because a time limit does not make the future
+    worthless.
     """
     delta = reward + gamma * next_value * ~terminated - value
     decay = gamma * lam * ~(terminated | truncated)
@@ -216,11 +217,11 @@ def gae(
     return torch.stack(advantage[::-1])
 
 
-# --- losses ---------------------------------------------------------------------------------------------------------------
+# --- losses -------------------------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
-    """Transitions, (B, ...) each, with what pi_old, which acted, and V_old, the critic of that time, said of them."""
+    """Transitions, (B, ...) each, and what pi_old, which acted, and the critic of that time said of them."""
 
     obs: Tensor
     action: Tensor
@@ -238,12 +239,13 @@ def policy_loss(
         return -torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
     if surrogate == "unclipped":
         return -(ratio * advantage).mean()
-    # The samples are pi_old's, so k3 = (r - 1) - log r is unbiased for KL(pi_old || pi), and so is its gradient.
+    # The samples are pi_old's, so k3 = (r - 1) - log r is unbiased for KL(pi_old || pi), and so is its
+    # gradient.
     return -(ratio * advantage).mean() + kl_coef * ((ratio - 1) - log_ratio).mean()
 
 
 def value_loss(value: Tensor, old_value: Tensor, return_: Tensor, value_clip: float | None) -> Tensor:
-    """Mean squared error to the target; with value_clip the worse of V and V clipped to old V +- value_clip."""
+    """Mean squared error to the target; with value_clip the worse of V and V kept near old V."""
     error = (value - return_) ** 2
     if value_clip is not None:
         clipped = old_value + (value - old_value).clamp(-value_clip, value_clip)
@@ -270,30 +272,25 @@ def ppo_loss(
 
 
 def approx_kl(net: ActorCritic, batch: Batch) -> Tensor:
-    """KL(pi_old || pi) in nats, (), as the batch's own actions estimate it: the mean of k3 = (r - 1) - log r."""
+    """KL(pi_old || pi) in nats, (), by the batch's own actions: the mean of k3 = (r - 1) - log r."""
     log_ratio = net.policy(batch.obs).log_prob(batch.action) - batch.log_prob
     return (log_ratio.exp() - 1 - log_ratio).mean()
 
 
 def adapt_kl_coef(kl_coef: Tensor, kl: Tensor, target: float) -> Tensor:
-    """Double beta after a KL above 1.5 targets, halve it below 1 / 1.5 (PPO paper, section 4); float32 bears the bounds."""
+    """Double beta after a KL above 1.5 targets, halve it below 1 / 1.5 (PPO paper, section 4), in bounds."""
     factor = 1.0 + (kl > 1.5 * target).float() - 0.5 * (kl < target / 1.5).float()
     return (kl_coef * factor).clamp(1e-6, 1e6)
 
 
-# --- the update -----------------------------------------------------------------------------------------------------------
+# --- the update ---------------------------------------------------------------------------------------------
 
 
 def update(
-    params: Tensor,
-    opt: Moments,
-    batch: Batch,
-    learning_rate: Tensor,
-    kl_coef: Tensor,
-    forward: Callable,
-    args: Args,
-) -> tuple[Tensor, Moments, dict[str, Tensor]]:
-    """The step of a minibatch, a pure function: parameters, optimiser and batch in, the new ones and metrics out."""
+    params: Tensor, opt: Moments, batch: Batch, learning_rate: Tensor, kl_coef: Tensor,
+    forward: Callable, args: Args,
+) -> tuple[Tensor, Moments, dict[str, Tensor]]:  # fmt: skip
+    """A minibatch's step, a pure function: parameters and optimiser in, the new ones and metrics out."""
     grad, (_, metrics) = grad_and_value(ppo_loss, has_aux=True)(params, batch, kl_coef, forward, args)
     grad, grad_norm = clip_grad(grad, args.max_grad_norm)
     params, opt = adam(params, grad, opt, learning_rate)
@@ -304,7 +301,7 @@ def improve(
     forward: Callable, args: Args, params: Tensor, opt: Moments, batch: Batch, order: Tensor,
     learning_rate: Tensor, kl_coef: Tensor,
 ) -> tuple[Tensor, Moments, dict[str, Tensor]]:  # fmt: skip
-    """A step for each minibatch of the batch's rows in this order, (B,) or longer; metrics are their means."""
+    """A step for each minibatch of the rows in this order, (B,) or longer; metrics are their means."""
 
     def step(carry, minibatch):
         params, opt, metrics = update(*carry, minibatch, learning_rate, kl_coef, forward, args)
@@ -315,7 +312,7 @@ def improve(
     return params, opt, {name: column.mean() for name, column in metrics.items()}
 
 
-# --- the run --------------------------------------------------------------------------------------------------------------
+# --- the run ------------------------------------------------------------------------------------------------
 
 
 class State(NamedTuple):
@@ -354,7 +351,7 @@ def policy_at(net: ActorCritic, obs_stats: Stats) -> Callable[[np.ndarray], Gaus
 
 
 def collect(envs: VectorEnv, obs: np.ndarray, policy, noise: Tensor) -> tuple[Rollout, np.ndarray, list]:
-    """Act by samples of `policy(obs)` for T steps from `obs`; the rollout, where to go on from, the episodes ended."""
+    """Act by samples of `policy(obs)` for T steps; the rollout, the next observations, episodes ended."""
     rows, episodes = [], []
     for step_noise in noise:
         action = policy(obs).sample(step_noise).cpu().numpy()
@@ -373,14 +370,11 @@ def as_seen(
 ) -> tuple[Rollout, Stats, Stats, Tensor]:
     """The rollout as the networks see it, and the statistics with it counted in.
 
-    Observations are normalised as they were when they were acted on; rewards are scaled with their own sums counted.
-    sums (N,) are each environment's discounted rewards so far, which the next rollout goes on from.
+    Observations are normalised as they were when they were acted on; rewards are scaled with their own sums
+    counted. sums (N,) are each environment's discounted rewards so far, which the next rollout goes on from.
     """
-    obs, next_obs, reward = (
-        normalize(rollout.obs, obs_stats),
-        normalize(rollout.next_obs, obs_stats),
-        rollout.reward,
-    )
+    obs, next_obs = normalize(rollout.obs, obs_stats), normalize(rollout.next_obs, obs_stats)
+    reward = rollout.reward
     if args.scale_rewards:
         ended = rollout.terminated | rollout.truncated
         all_sums, sums = discounted_sums(reward, ended, sums, args.gamma)
@@ -394,8 +388,8 @@ def as_seen(
 def values(net: ActorCritic, rollout: Rollout) -> tuple[Tensor, Tensor]:
     """V of each row's observation and of its true successor, (T, N) each.
 
-    The successor is the next row's observation, but where a time limit ended the episode. (Where it terminated, the
-    value stands for nothing and is not read.)
+    The successor is the next row's observation, but where a time limit ended the episode. (Where it
+    terminated, the value stands for nothing and is not read.)
     """
     value = net.value(torch.cat((rollout.obs, rollout.next_obs[-1:])))
     next_value = value[1:].clone()
@@ -410,7 +404,7 @@ def acting(state: State) -> dict:
 
 
 def make_policy(envs: VectorEnv, args: Args, agent: dict) -> Policy:
-    """The deterministic policy of what an agent.pt holds: observations (N, D) to their distributions' modes."""
+    """The deterministic policy of what an agent.pt holds: observations (N, D) to modes."""
     net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(agent["params"].device)
     loader(net)(agent["params"])
     policy = policy_at(net, agent["obs_stats"])
@@ -430,11 +424,11 @@ def check(args: Args) -> None:
     require(batch > 1, "--num-envs x --num-steps must be at least 2, for a batch to have a variance")
     require(
         batch % args.minibatch_size == 0,
-        f"--minibatch-size {args.minibatch_size} does not divide the batch of {batch} (--num-envs x --num-steps)",
+        f"--minibatch-size {args.minibatch_size} does not divide --num-envs x --num-steps = {batch}",
     )
     require(
         args.minibatch_size > 1 or not args.normalize_advantages,
-        "--minibatch-size must be at least 2 with --normalize-advantages: of one advantage nothing would be left",
+        "--minibatch-size must be at least 2 with --normalize-advantages: of one advantage nothing is left",
     )
 
 
@@ -479,14 +473,22 @@ def train(args: Args) -> float:
             if epoch == 0 or args.recompute_advantages:
                 value, next_value = values(net, seen)
                 advantage = gae(
-                    seen.reward, value, next_value, seen.terminated, seen.truncated, args.gamma, args.gae_lambda
+                    seen.reward,
+                    value,
+                    next_value,
+                    seen.terminated,
+                    seen.truncated,
+                    args.gamma,
+                    args.gae_lambda,
                 )
                 return_ = advantage + value
             if epoch == 0:
                 old_value, explained_variance = value, 1 - advantage.var() / (return_.var() + 1e-8)
             batch = Batch(rows, action, old_log_prob, *(x.flatten() for x in (old_value, advantage, return_)))
             orders = [torch.randperm(len(rows), generator=generator, device=device) for _ in range(at_once)]
-            params, opt, metrics = improve_compiled(params, opt, batch, torch.cat(orders), learning_rate, kl_coef)
+            params, opt, metrics = improve_compiled(
+                params, opt, batch, torch.cat(orders), learning_rate, kl_coef
+            )
             load(params)
             epochs.append(metrics)
             stopping = args.target_kl is not None and args.surrogate != "adaptive-kl"

@@ -2,27 +2,29 @@
 
 Play N episodes with the policy, and make every action likelier in proportion to the return that came with it:
 
-    total    g = 1/N sum_episodes sum_t  grad log pi(a_t|s_t)         (R(tau) - b)    R(tau) = sum_t gamma^t r_t
-    to-go    g = 1/N sum_episodes sum_t  grad log pi(a_t|s_t) [gamma^t] (R_t  - b)    R_t = r_t + gamma R_{t+1}
+    total    g = 1/N sum_episodes sum_t  grad log pi(a_t|s_t)         (R(tau) - b)   R(tau) = sum_t gamma^t r_t
+    to-go    g = 1/N sum_episodes sum_t  grad log pi(a_t|s_t) [gamma^t] (R_t  - b)   R_t = r_t + gamma R_{t+1}
 
-An action cannot change the rewards before it, so to-go drops noise only. The factor gamma^t belongs to the gradient of the
-discounted objective; practice leaves it out, which is no function's gradient (Nota & Thomas 2020); --discount-weight keeps it.
+An action cannot change the rewards before it, so to-go drops noise only. The factor gamma^t belongs to the
+gradient of the discounted objective; practice leaves it out, which is no function's gradient (Nota & Thomas
+2020); --discount-weight keeps it.
 
 A baseline b that does not know a_t leaves the expectation as it is and lowers the variance:
 
     none     b = 0
     mean     the mean return of the other episodes of the batch
-    optimal  the constant of least variance. An episode's estimate is X - b Y with Y = sum_t grad log pi (its score) and
-             X = sum_t grad log pi R_t, so b* = E[X.Y] / E[|Y|^2]; for total, X = Y R(tau): b* = E[|Y|^2 R] / E[|Y|^2]
+    optimal  the constant of least variance. An episode's estimate is X - b Y with Y = sum_t grad log pi
+             (its score) and X = sum_t grad log pi R_t, so b* = E[X.Y] / E[|Y|^2]; for total, X = Y R(tau): b* = E[|Y|^2 R] /
+             E[|Y|^2]
     value    V(s_t), fitted to the returns of earlier batches (for total: V(s_0))
 
-mean and optimal leave out the episode they are used on: with its own return inside, the estimate would be biased (by the
-factor 1 - 1/N for the mean). Every environment plays exactly one episode a batch and waits for the longest, because the first
-to end are the short ones. What an environment does while it waits is neither used nor counted as steps; the last batch may
-reach beyond --total-steps.
+mean and optimal leave out the episode they are used on: with its own return inside, the estimate would be
+biased (by the factor 1 - 1/N for the mean). Every environment plays exactly one episode a batch and waits for
+the longest, because the first to end are the short ones. What an environment does while it waits is neither
+used nor counted as steps; the last batch may reach beyond --total-steps.
 
-An episode cut by a time limit misses its tail. With --baseline value the tail is V(true successor); without a V the return
-is that of the time-limited task.
+An episode cut by a time limit misses its tail. With --baseline value the tail is V(true successor); without a
+V the return is that of the time-limited task.
 
     python zoo/reinforce.py --env CartPole-v1
     python zoo/reinforce.py --env HalfCheetah-v4 --baseline mean
@@ -31,27 +33,33 @@ is that of the time-limited task.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value
-from torch.utils._pytree import tree_map
 
-from zoo.common.cli import RunArgs, check_args, main, require
-from zoo.common.device import compile_function, flatten, restore_generator, setup
+from zoo.common.args import RunArgs, check_args, require
+from zoo.common.cli import main
+from zoo.common.device import compile_function, flatten, loader, setup
 from zoo.common.envs import VectorEnv, make_envs
 from zoo.common.errors import RunFault
-from zoo.common.normalize import new_stats, normalize, update_stats
-from zoo.common.optim import adam, new_adam
-from zoo.common.run import MAX_EPISODE, Policy, Run
+from zoo.common.evaluate import MAX_EPISODE, Evaluation, Policy
+from zoo.common.normalize import Stats, new_stats, normalize, normalizer, return_scale, update_stats
+from zoo.common.optim import Moments, adam, new_adam
+from zoo.common.run import Run
+from zoo.common.seeding import env_seeds, generator_seed
 
 
 @dataclass
 class Args(RunArgs):
+    kept: ClassVar = (*RunArgs.kept, "hidden", "shared_network", "log_std")
+
     num_envs: int = 4  # environments, and episodes in a batch: each plays one
-    returns: Literal["total", "to-go"] = "to-go"  # what an action is credited with: the whole return, or what followed it
+    returns: Literal["total", "to-go"] = (
+        "to-go"  # what an action is credited with: the whole return, or what followed it
+    )
     baseline: Literal["none", "mean", "optimal", "value"] = "value"  # what is subtracted from it
     discount_weight: bool = False  # weigh step t by gamma^t, as the exact gradient does
     learning_rate: float = 3e-3  # Adam's, for the policy's one step a batch
@@ -59,12 +67,17 @@ class Args(RunArgs):
     gamma: float = 0.99  # discount
     value_learning_rate: float = 1e-3  # Adam's, for V
     value_epochs: int = 10  # passes over a batch to fit V
-    minibatch_size: int = 512  # rows of a step of V's; the policy's gradient, too, is summed from pieces of this size
+    minibatch_size: int = (
+        512  # rows of a step of V's; the policy's gradient, too, is summed from pieces of this size
+    )
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
     shared_network: bool = False  # one trunk for policy and value instead of two
-    log_std: float = -0.5  # initial log standard deviation of a Gaussian policy, in units of half the action range
+    log_std: float = (
+        -0.5
+    )  # initial log standard deviation of a Gaussian policy, in units of half the action range
     normalize_obs: bool = True  # observations by their running mean and standard deviation
     scale_returns: bool = True  # returns by their running standard deviation
+    report_every: int = 2048  # environment steps between reports (rounded up to whole batches)
 
 
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
@@ -74,7 +87,7 @@ SETTINGS: dict[str, dict] = {
 }  # fmt: skip
 
 
-# --- networks and distributions -------------------------------------------------------------------------------------------
+# --- networks and distributions -----------------------------------------------------------------------------
 
 
 class Gaussian(NamedTuple):
@@ -117,7 +130,7 @@ class Categorical(NamedTuple):
 
 
 def draw_noise(envs: VectorEnv, *shape: int, generator: torch.Generator) -> Tensor:
-    """The randomness of actions, drawn ahead so that acting is a pure function: standard normal or Gumbel (*shape, A)."""
+    """The randomness of actions, drawn ahead of acting: standard normal or Gumbel, (*shape, A)."""
     noise = torch.empty(*shape, envs.action_dim, device=generator.device)
     if envs.discrete:
         return -noise.exponential_(generator=generator).log()
@@ -139,30 +152,37 @@ def trunk(inputs: int, hidden: tuple[int, ...]) -> nn.Sequential:
 
 
 class ActorCritic(nn.Module):
-    """obs (B, D) -> the policy's distribution and V (B,)."""
+    """obs (..., D) -> the policy's distribution and V (...)."""
 
     def __init__(self, envs: VectorEnv, hidden: tuple[int, ...], log_std: float, shared: bool):
         super().__init__()
         self.policy_trunk = trunk(envs.obs_dim, hidden)
         self.value_trunk = self.policy_trunk if shared else trunk(envs.obs_dim, hidden)
-        self.policy_head = layer(hidden[-1], envs.action_dim, 0.01)  # near-uniform or near-zero-mean actions at the start
+        self.policy_head = layer(
+            hidden[-1], envs.action_dim, 0.01
+        )  # near-uniform or near-zero-mean actions at the start
         self.value_head = layer(hidden[-1], 1, 1.0)
         self.log_std = None if envs.discrete else nn.Parameter(torch.full((envs.action_dim,), log_std))
 
-    def forward(self, obs: Tensor) -> tuple[Gaussian | Categorical, Tensor]:
+    def policy(self, obs: Tensor) -> Gaussian | Categorical:
         output = self.policy_head(self.policy_trunk(obs))
-        dist = Categorical(output) if self.log_std is None else Gaussian(output, self.log_std)
-        return dist, self.value_head(self.value_trunk(obs)).squeeze(-1)
+        return Categorical(output) if self.log_std is None else Gaussian(output, self.log_std)
+
+    def value(self, obs: Tensor) -> Tensor:
+        return self.value_head(self.value_trunk(obs)).squeeze(-1)
+
+    def forward(self, obs: Tensor) -> tuple[Gaussian | Categorical, Tensor]:
+        return self.policy(obs), self.value(obs)
 
 
-# --- estimators -----------------------------------------------------------------------------------------------------------
+# --- estimators ---------------------------------------------------------------------------------------------
 
 
 def returns_to_go(reward: Tensor, alive: Tensor, tail: Tensor, gamma: float) -> Tensor:
     """R_t = r_t + gamma R_{t+1} (T, N) of one episode a column (S3 eq. 4); reward and alive (T, N).
 
-    alive marks the episode's rows, the rest of a column is filling. tail (N,) stands for what a time limit cut off: the value
-    of the state after the last row, 0 where the episode terminated or no value is known.
+    alive marks the episode's rows, the rest of a column is filling. tail (N,) stands for what a time limit
+    cut off: the value of the state after the last row, 0 where the episode terminated or no value is known.
     """
     return_, running = torch.empty_like(reward), tail
     for t in reversed(range(len(reward))):
@@ -174,7 +194,9 @@ def leave_one_out(numerator: Tensor, denominator: Tensor) -> Tensor:
     """For each of N episodes the ratio of the sums over all the others, 0 where those are 0 / 0; all (N,)."""
     others = 1 - torch.eye(len(numerator), dtype=numerator.dtype, device=numerator.device)
     # not the whole sum less its own: one dominant episode would leave nothing but rounding
-    return (others @ numerator) / (others @ denominator.to(numerator)).clamp(min=torch.finfo(numerator.dtype).tiny)
+    return (others @ numerator) / (others @ denominator.to(numerator)).clamp(
+        min=torch.finfo(numerator.dtype).tiny
+    )
 
 
 def mean_baseline(return_: Tensor, alive: Tensor) -> Tensor:
@@ -183,7 +205,7 @@ def mean_baseline(return_: Tensor, alive: Tensor) -> Tensor:
 
 
 def optimal_baseline(score_sum: Callable, episodes: "Episodes", return_: Tensor, discount: Tensor) -> Tensor:
-    """For each episode b* as the others estimate it (N,) (S3 Theorem 4.4, S4 2.2.4); return_ (T, N), discount (T, 1)."""
+    """For each episode b* as the others estimate it (N,) (S3 Theorem 4.4); discount is (T, 1)."""
     x, y = [], []
     for i, rows in enumerate(episodes.alive.T):
         obs, action, weight = episodes.obs[rows, i], episodes.action[rows, i], discount[rows, 0]
@@ -197,12 +219,15 @@ def policy_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The estimate g (P,) of the module's docstring, and the advantages R - b (T, N) in it.
 
-    score_sum(obs, action, weight) is sum_i weight_i grad log pi(a_i|s_i) (P,); return_ and value, V(obs), are (T, N).
+    score_sum(obs, action, weight) is sum_i weight_i grad log pi(a_i|s_i) (P,); return_ and value, V(obs), are
+    (T, N).
     """
     alive = episodes.alive
     steps = torch.arange(len(alive), device=alive.device, dtype=return_.dtype)[:, None]
     discount = (args.gamma if args.discount_weight else 1.0) ** steps
-    shared = slice(0, 1) if args.returns == "total" else slice(None)  # total: all rows share the first one's return
+    shared = (
+        slice(0, 1) if args.returns == "total" else slice(None)
+    )  # total: all rows share the first one's return
     return_, value, counted = return_[shared], value[shared], alive[shared]
     if args.baseline == "none":
         baseline = torch.zeros_like(value)
@@ -217,24 +242,50 @@ def policy_gradient(
     return score_sum(episodes.obs[alive], episodes.action[alive], weight[alive]), advantage
 
 
-# --- losses ---------------------------------------------------------------------------------------------------------------
+# --- losses -------------------------------------------------------------------------------------------------
 
 
-def score_loss(params: Tensor, obs: Tensor, action: Tensor, weight: Tensor, forward) -> Tensor:
-    """sum_i weight_i log pi(a_i|s_i), whose gradient is the score sum; forward(params, obs) gives the distribution and V."""
+def score_loss(params: Tensor, obs: Tensor, action: Tensor, weight: Tensor, forward: Callable) -> Tensor:
+    """sum_i weight_i log pi(a_i|s_i), whose gradient is the score sum."""
     return (weight * forward(params, obs)[0].log_prob(action)).sum()
 
 
-def fit_loss(params: Tensor, obs: Tensor, return_: Tensor, real: Tensor, forward) -> Tensor:
+def scores(forward: Callable, params: Tensor, obs: Tensor, action: Tensor, weight: Tensor) -> Tensor:
+    """sum_i weight_i grad log pi(a_i|s_i), (P,)."""
+    return grad(score_loss)(params, obs, action, weight, forward)
+
+
+def fit_loss(params: Tensor, obs: Tensor, return_: Tensor, real: Tensor, forward: Callable) -> Tensor:
     """Mean squared error of V to the returns over the rows that are real, 1 or 0, all (B, ...)."""
     return (real * (forward(params, obs)[1] - return_) ** 2).sum() / real.sum()
 
 
-# --- the run --------------------------------------------------------------------------------------------------------------
+def fit_value(
+    forward: Callable, params: Tensor, opt: Moments, obs: Tensor, return_: Tensor, real: Tensor,
+    learning_rate: Tensor,
+) -> tuple[Tensor, Moments, Tensor]:  # fmt: skip
+    """A step of V towards the returns, a pure function: the new parameters and optimiser, and the loss."""
+    gradient, loss = grad_and_value(fit_loss)(params, obs, return_, real, forward)
+    params, opt = adam(params, gradient, opt, learning_rate)
+    return params, opt, loss
+
+
+# --- the run ------------------------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """What a run goes on from: everything that training changes, by name."""
+
+    params: Tensor
+    opt: Moments
+    value_opt: Moments
+    obs_stats: Stats
+    return_stats: Stats
+    generator: torch.Generator
 
 
 class Episodes(NamedTuple):
-    """N whole episodes, a column each, (T, N, ...) with T the longest one's length; filled up where `alive` is False."""
+    """N whole episodes, a column each, (T, N, ...), T the longest one's length; filling where not alive."""
 
     obs: Tensor
     action: Tensor
@@ -244,17 +295,21 @@ class Episodes(NamedTuple):
     truncated: Tensor  # (N,) the episode ended by a time limit
 
 
-def collect_episodes(envs: VectorEnv, seed: int, act, generator: torch.Generator) -> tuple[Episodes, list]:
-    """Play one whole episode in every environment by `act(obs, noise)`; the rows, and the episodes' returns and lengths."""
+def collect_episodes(
+    envs: VectorEnv, seeds: list[int], policy, generator: torch.Generator
+) -> tuple[Episodes, list]:
+    """Play an episode in every environment by samples of `policy(obs)`; also returns and lengths."""
     device, rows = generator.device, list[tuple]()
-    obs, alive, totals = envs.reset(seed), np.ones(envs.num_envs, dtype=bool), np.zeros(envs.num_envs)
+    obs, alive, totals = envs.reset(seeds), np.ones(envs.num_envs, dtype=bool), np.zeros(envs.num_envs)
     last_obs, truncated = obs.copy(), np.zeros(envs.num_envs, dtype=bool)
     while alive.any():
         if len(rows) % 64 == 0:
             noise = draw_noise(envs, 64, envs.num_envs, generator=generator)
         if len(rows) == MAX_EPISODE:
-            raise RunFault(f"{envs.env_id}: an episode did not end in {MAX_EPISODE:,} steps; add a time limit")
-        action = act(torch.as_tensor(obs, device=device), noise[len(rows) % 64]).cpu().numpy()
+            raise RunFault(
+                f"{envs.env_id}: an episode did not end in {MAX_EPISODE:,} steps; add a time limit"
+            )
+        action = policy(obs).sample(noise[len(rows) % 64]).cpu().numpy()
         step = envs.step(action)
         rows.append((obs, action, step.reward.astype(np.float32), alive))
         totals += step.reward * alive
@@ -266,42 +321,55 @@ def collect_episodes(envs: VectorEnv, seed: int, act, generator: torch.Generator
     return Episodes(*(columns + ends)), list(zip(totals.tolist(), columns[3].sum(0).tolist(), strict=True))
 
 
+def policy_at(net: ActorCritic, obs_stats: Stats) -> Callable[[np.ndarray], Gaussian | Categorical]:
+    """Observations (N, D) to the distribution of actions, by the parameters that are in `net`.
+
+    Runs as it stands: a compiled call costs more than the few products of a single step.
+    """
+    device, seen = obs_stats["mean"].device, normalizer(obs_stats)
+
+    def policy(obs: np.ndarray) -> Gaussian | Categorical:
+        return net.policy(seen(torch.as_tensor(obs, device=device)))
+
+    return policy
+
+
 def pieces(columns: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...]]:
-    """Rows in pieces of `size`, the last one filled up with zeros, so that compiled code sees a single shape."""
+    """Rows in pieces of `size`, the last one filled up with zeros: compiled code sees one shape."""
     missing = -len(columns[0]) % size
     padded = [torch.cat((column, column.new_zeros(missing, *column.shape[1:]))) for column in columns]
     return zip(*(column.split(size) for column in padded), strict=True)
 
 
-def make_policy(envs: VectorEnv, args: Args, acting: dict) -> Policy:
-    """The deterministic policy of what an agent.pt holds: observations (B, D) to the modes of their action distributions."""
-    device = acting["params"].device
-    net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(device)
-    params = flatten(net)[1](acting["params"])
+def acting(state: State) -> dict:
+    """What acting needs, and nothing else: an agent.pt."""
+    return {"params": state.params, "obs_stats": state.obs_stats}
 
-    def policy(obs: np.ndarray) -> np.ndarray:
-        seen = normalize(torch.as_tensor(obs, device=device), acting["obs_stats"])
-        return functional_call(net, params, (seen,))[0].mode().cpu().numpy()
 
-    return policy
+def make_policy(envs: VectorEnv, args: Args, agent: dict) -> Policy:
+    """The deterministic policy of what an agent.pt holds: observations (N, D) to modes."""
+    net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(agent["params"].device)
+    loader(net)(agent["params"])
+    policy = policy_at(net, agent["obs_stats"])
+    return lambda obs: policy(obs).mode().cpu().numpy()
 
 
 def check(args: Args) -> None:
     """Refuse arguments that cannot work together."""
     check_args(
         args,
-        at_least_1=("minibatch_size", "value_epochs", "hidden"),
+        at_least_1=("minibatch_size", "value_epochs", "report_every", "hidden"),
         fractions=("gamma",),
         positive=("learning_rate", "value_learning_rate"),
         finite=("log_std",),
     )
     require(
         args.baseline not in ("mean", "optimal") or args.num_envs > 1,
-        f"--baseline {args.baseline} is taken from the other episodes of a batch: --num-envs must be at least 2, not 1",
+        f"--baseline {args.baseline} is taken from a batch's other episodes: --num-envs must be at least 2",
     )
     require(
         args.returns == "to-go" or not args.discount_weight,
-        "--discount-weight goes with --returns to-go: the total return already counts each reward from the first step",
+        "--discount-weight goes with --returns to-go: the total return already discounts each reward",
     )
 
 
@@ -310,83 +378,85 @@ def train(args: Args) -> float:
     check(args)
     device = setup(args.device, args.threads)
     envs = make_envs(args.env, args.num_envs, threads=args.env_threads)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(generator_seed(args.seed, "network"))
     net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(device)
     params, unflatten = flatten(net)
-    generator = torch.Generator(device).manual_seed(args.seed)
 
     def forward(params, obs):
         return functional_call(net, unflatten(params), (obs,))
 
-    def act(params, obs_stats, obs, noise):
-        return forward(params, normalize(obs, obs_stats))[0].sample(noise)
-
-    def scores(params, obs, action, weight):
-        return grad(score_loss)(params, obs, action, weight, forward)
-
-    def fit(params, opt, obs, return_, real, learning_rate):
-        """A step of V towards the returns."""
-        gradient, loss = grad_and_value(fit_loss)(params, obs, return_, real, forward)
-        params, opt = adam(params, gradient, opt, learning_rate)
-        return params, opt, loss
-
-    def policy(obs):  # at the present parameters, without noise, for evaluations
-        return forward(params, normalize(torch.as_tensor(obs, device=device), obs_stats))[0].mode().cpu().numpy()
-
-    def snapshot():
-        return {
-            "params": params, "obs_stats": obs_stats, "opt": opt, "value_opt": value_opt, "return_stats": return_stats,
-            "generator": generator.get_state(),
-        }  # fmt: skip
-
-    act, scores, fit = (compile_function(f, device, args.compile) for f in (act, scores, fit))
+    compiled = (compile_function(partial(f, forward), device, args.compile) for f in (scores, fit_value))
+    (piece_scores, fit), load = compiled, loader(net)
 
     def score_sum(params, *rows):
-        return torch.stack([scores(params, *piece) for piece in pieces(rows, args.minibatch_size)]).sum(0)
+        return torch.stack([piece_scores(params, *piece) for piece in pieces(rows, args.minibatch_size)]).sum(
+            0
+        )
 
-    run = Run(args, "reinforce", envs, lambda: make_envs(args.env, args.eval_episodes, threads=args.env_threads))
-    obs_stats, opt, value_opt, return_stats = new_stats(envs.obs_dim), new_adam(params), new_adam(params), new_stats()
-    state = run.restore() or snapshot()
-    restore_generator(generator, state.pop("generator"), args.seed + run.step)
-    params, obs_stats, opt, value_opt, return_stats = tree_map(lambda x: x.to(device), tuple(state.values()))
+    run = Run(args, "reinforce", Evaluation(args, make_policy), engine=envs.engine)
+    generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "noise"))
+    obs_stats, return_stats = new_stats(envs.obs_dim, device=device), new_stats(device=device)
+    state = run.restore(State(params, new_adam(params), new_adam(params), obs_stats, return_stats, generator))
+    params, opt, value_opt, obs_stats, return_stats, generator = state
+    load(params)
     value_learning_rate = torch.tensor(args.value_learning_rate, device=device)
 
     while run.step < args.total_steps:
-        remaining = 1 - run.step / args.total_steps
-        learning_rate = torch.tensor(args.learning_rate * (remaining if args.anneal else 1.0), device=device)
-        seed = int(np.random.SeedSequence((args.seed, run.step)).generate_state(1)[0])  # every batch begins new episodes
-        episodes, ended = collect_episodes(envs, seed, partial(act, params, obs_stats), generator)
-        alive = episodes.alive
-        seen = episodes._replace(obs=normalize(episodes.obs, obs_stats))
+        step, ended, batches = run.step, [], []
+        while step < min(run.step + args.report_every, args.total_steps):
+            remaining = 1 - step / args.total_steps if args.anneal else 1.0
+            learning_rate = torch.tensor(args.learning_rate * remaining, device=device)
+            seeds = env_seeds(
+                args.seed, "environments", args.num_envs, step
+            )  # every batch begins new episodes
+            episodes, returns = collect_episodes(envs, seeds, policy_at(net, obs_stats), generator)
+            alive, old_scale = episodes.alive, return_scale(return_stats)
+            seen = episodes._replace(obs=normalize(episodes.obs, obs_stats))
 
-        # V is in units of the returns' standard deviation, that of the time when it was fitted
-        scale = (return_stats["var"] + 1e-8).sqrt().float()
-        dist, value = forward(params, seen.obs.flatten(0, 1))
-        value, entropy = scale * value.view(alive.shape), dist.entropy().view(alive.shape)[alive].mean()
-        tail = scale * forward(params, normalize(episodes.last_obs, obs_stats))[1] * episodes.truncated
-        tail = tail if args.baseline == "value" else torch.zeros_like(tail)
-        return_ = returns_to_go(episodes.reward, alive, tail, args.gamma)
-        if args.scale_returns:
-            return_stats = update_stats(return_stats, return_[alive])
-            scale = (return_stats["var"] + 1e-8).sqrt().float()
-        gradient, advantage = policy_gradient(partial(score_sum, params), seen, return_ / scale, value / scale, args)
-        metrics = {"entropy": entropy, "grad_norm": gradient.norm(), "advantage_std": advantage[alive].std(correction=0)}
-        params, opt = adam(params, -gradient, opt, learning_rate)
-        if args.baseline == "value":
-            rows, losses = (seen.obs[alive], return_[alive] / scale, torch.ones_like(return_[alive])), []
-            for _ in range(args.value_epochs):
-                order = torch.randperm(len(rows[0]), generator=generator, device=device)
-                for piece in pieces(tuple(column[order] for column in rows), args.minibatch_size):
-                    params, value_opt, loss = fit(params, value_opt, *piece, value_learning_rate)
-                    losses.append(loss)
-            unexplained = (return_ - value)[alive].var(correction=0) / (return_[alive].var(correction=0) + 1e-8)
-            metrics |= {"value_loss": torch.stack(losses).mean(), "explained_variance": 1 - unexplained}
-        if args.normalize_obs:
-            obs_stats = update_stats(obs_stats, episodes.obs[alive])
+            # V is in units of the returns' standard deviation, that of the time when it was fitted
+            dist, value = net(seen.obs.flatten(0, 1))
+            value, entropy = (
+                old_scale * value.view(alive.shape),
+                dist.entropy().view(alive.shape)[alive].mean(),
+            )
+            tail = torch.zeros_like(value[0])
+            if args.baseline == "value":
+                last_value = old_scale * net.value(normalize(episodes.last_obs, obs_stats))
+                tail = last_value * episodes.truncated
+            return_ = returns_to_go(episodes.reward, alive, tail, args.gamma)
+            if args.scale_returns:
+                return_stats = update_stats(return_stats, return_[alive])
+            scale = return_scale(return_stats)
 
-        steps = run.step + int(alive.sum())
-        run.report(steps, snapshot(), metrics | {"learning_rate": learning_rate}, ended, policy)
-    return run.finish(snapshot(), policy, {"params": params, "obs_stats": obs_stats})
+            gradient, advantage = policy_gradient(
+                partial(score_sum, params), seen, return_ / scale, value / scale, args
+            )
+            params, opt = adam(params, -gradient, opt, learning_rate)
+            log = {"entropy": entropy, "grad_norm": gradient.norm()}
+            log |= {"advantage_std": advantage[alive].std(correction=0)}
+            if args.baseline == "value":
+                losses, rows = [], (seen.obs[alive], return_[alive] / scale, torch.ones_like(return_[alive]))
+                for _ in range(args.value_epochs):
+                    order = torch.randperm(len(rows[0]), generator=generator, device=device)
+                    for piece in pieces(tuple(column[order] for column in rows), args.minibatch_size):
+                        params, value_opt, loss = fit(params, value_opt, *piece, value_learning_rate)
+                        losses.append(loss)
+                unexplained = (return_ - value)[alive].var(correction=0) / (
+                    return_[alive].var(correction=0) + 1e-8
+                )
+                log |= {"value_loss": torch.stack(losses).mean(), "explained_variance": 1 - unexplained}
+            if args.normalize_obs:
+                obs_stats = update_stats(obs_stats, episodes.obs[alive])
+            load(params)
+            batches.append(log)
+            ended += returns
+            step += int(alive.sum())
+
+        means = {name: torch.stack([log[name] for log in batches]).mean() for name in log}
+        state = State(params, opt, value_opt, obs_stats, return_stats, generator)
+        run.report(step, state, acting(state), means | {"learning_rate": learning_rate}, ended)
+    envs.close()
+    return run.finish(state, acting(state))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Soft Actor-Critic (Haarnoja et al. 2018, arXiv:1801.01290 and arXiv:1812.05905), one file.
 
-Maximises sum_t E[ r_t + alpha H(pi(.|s_t)) ] off-policy: every transition goes into a replay buffer D, and each environment
-step pays for one gradient step on a batch of it. Twin critics Q_1, Q_2; Q means min(Q_1, Q_2) wherever one is asked for.
+Maximises sum_t E[ r_t + alpha H(pi(.|s_t)) ] off-policy: every transition goes into a replay buffer D, and
+each environment step pays for one gradient step on a batch of it. Twin critics Q_1, Q_2; Q means min(Q_1,
+Q_2) wherever one is asked for.
 
-    a, log pi(a|s)   a = tanh(u), u = mean(s) + std(s) eps         reparametrised: eps ~ N(0, 1) comes from outside
+    a, log pi(a|s)   a = tanh(u), u = mean(s) + std(s) eps         reparametrised: eps ~ N(0, 1) from outside
                      log pi(a|s) = log N(u; mean, std) - sum log(1 - tanh(u)^2)
     V(s)             E_{a ~ pi}[ Q(s, a) - alpha log pi(a|s) ]     one sample of a
 
@@ -12,9 +13,10 @@ step pays for one gradient step on a batch of it. Twin critics Q_1, Q_2; Q means
     temperature      J_alpha = E[ -alpha (log pi(a|s_t) + target entropy) ]     unless --alpha fixes it
     targets          psi' <- tau psi + (1 - tau) psi'
 
-The second paper's form takes V(s_{t+1}) from the targets of the critics. --value-network is the first paper's: V is a network
-of its own, with J_V = E[ 1/2 (V(s_t) - (Q(s_t, a) - alpha log pi(a|s_t)))^2 ], and V(s_{t+1}) is its target's. An alpha
-belongs before every log pi; papers that leave it out scale the rewards by 1/alpha instead.
+The second paper's form takes V(s_{t+1}) from the targets of the critics. --value-network is the first
+paper's: V is a network of its own, with J_V = E[ 1/2 (V(s_t) - (Q(s_t, a) - alpha log pi(a|s_t)))^2 ], and
+V(s_{t+1}) is its target's. An alpha belongs before every log pi; papers that leave it out scale the rewards
+by 1/alpha instead.
 
     python zoo/sac.py --env HalfCheetah-v4 --threads 2
     python zoo/sac.py --env Pendulum-v1
@@ -22,28 +24,33 @@ belongs before every log pi; papers that leave it out scale the rewards by 1/alp
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.nn.functional import softplus
-from torch.utils._pytree import tree_map
 
-from zoo.common.cli import RunArgs, check_args, main, require
-from zoo.common.device import compile_function, flatten, restore_generator, setup
+from zoo.common.args import RunArgs, check_args, require
+from zoo.common.cli import main
+from zoo.common.device import compile_function, flatten, loader, setup
 from zoo.common.envs import VectorEnv, make_envs
+from zoo.common.evaluate import Evaluation, Policy
 from zoo.common.optim import adam, new_adam
 from zoo.common.replay import ReplayBuffer, Replayed
-from zoo.common.run import Policy, Run
+from zoo.common.run import Run
+from zoo.common.seeding import env_seeds, generator_seed
 
 
 @dataclass
 class Args(RunArgs):
+    kept: ClassVar = (*RunArgs.kept, "num_envs", "buffer_size", "hidden", "value_network", "alpha")
+
     num_envs: int = 4  # environments stepped together, N
     updates_per_step: float = 1.0  # gradient steps for each environment step (all environments counted)
     batch_size: int = 256  # transitions in a gradient step
@@ -58,16 +65,20 @@ class Args(RunArgs):
     target_entropy: float | None = None  # of a tuned temperature; None: minus the number of action dimensions
     value_network: bool = False  # the 2018 form, with a separate V and its target
     hidden: tuple[int, ...] = (256, 256)  # widths of the ReLU layers
-    bf16: bool = False  # float32 matrix products in bfloat16 on a CPU with AMX or AVX512-BF16, in TF32 on CUDA
-    eval_every: int = 50_000  # environment steps between evaluations, made with the next report; 0: at the end only
+    bf16: bool = (
+        False  # float32 matrix products in bfloat16 on a CPU with AMX or AVX512-BF16, in TF32 on CUDA
+    )
+    eval_every: int = (
+        50_000  # environment steps between evaluations, made with the next report; 0: at the end only
+    )
     report_every: int = 500  # environment steps between reports (rounded up to whole iterations)
 
 
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
 SETTINGS: dict[str, dict] = {
     "Pendulum-v1": dict(
-        total_steps=20_000, num_envs=1, random_steps=500, learning_rate=1e-3, hidden=(64, 64), eval_every=5_000,
-        eval_episodes=100,
+        total_steps=20_000, num_envs=1, random_steps=500, learning_rate=1e-3, hidden=(64, 64),
+        eval_every=5_000, eval_episodes=100,
     ),
     "MountainCarContinuous-v0": dict(
         total_steps=50_000, random_hold=50, gamma=0.9999, alpha=0.1, batch_size=512, tau=0.01,
@@ -76,11 +87,12 @@ SETTINGS: dict[str, dict] = {
 }  # fmt: skip
 
 
-# --- networks and distributions -------------------------------------------------------------------------------------------
+# --- networks and distributions -----------------------------------------------------------------------------
 
 LOG_2, HALF_LOG_2PI = 0.6931471805599453, 0.9189385332046727
-# The bounds of the original code: std e^2 fills [-1, 1] after tanh, and e^-20 is no noise at all, so that neither limits what
-# the temperature asks for. A floor as high as e^-5 would: once clamped there, log_std has no gradient to come back by.
+# The bounds of the original code: std e^2 fills [-1, 1] after tanh, and e^-20 is no noise at all, so that
+# neither limits what the temperature asks for. A floor as high as e^-5 would: once clamped there, log_std has
+# no gradient to come back by.
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
 
 
@@ -91,7 +103,7 @@ class SquashedGaussian(NamedTuple):
     log_std: Tensor
 
     def sample(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions (B, A) made of standard normal noise (B, A), and their log-probabilities (B,); differentiable."""
+        """Actions (B, A) of standard normal noise (B, A), and their log-probabilities (B,); differentiable."""
         u = self.mean + self.log_std.exp() * noise
         gaussian = -0.5 * noise**2 - self.log_std - HALF_LOG_2PI
         # log(1 - tanh(u)^2) without the cancellation, which is complete in float32 from |u| = 9 on
@@ -121,23 +133,27 @@ class Actor(nn.Module):
 
 
 class TwinCritic(nn.Module):
-    """obs (B, D), action (B, A) -> Q_1 and Q_2 (2, B): two networks whose weights are stacked, one batched product a layer."""
+    """obs (B, D), action (B, A) -> Q_1 and Q_2 (2, B): two networks in one batched product a layer."""
 
     def __init__(self, envs: VectorEnv, hidden: tuple[int, ...]):
         super().__init__()
         widths = (envs.obs_dim + envs.action_dim, *hidden, 1)
         # U(-1, 1) / sqrt(inputs), as nn.Linear
-        self.weights = nn.ParameterList([(2 * torch.rand(2, i, o) - 1) * i**-0.5 for i, o in pairwise(widths)])
+        self.weights = nn.ParameterList(
+            [(2 * torch.rand(2, i, o) - 1) * i**-0.5 for i, o in pairwise(widths)]
+        )
         self.biases = nn.ParameterList([(2 * torch.rand(2, 1, o) - 1) * i**-0.5 for i, o in pairwise(widths)])
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat((obs, action), -1).expand(2, -1, -1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.bmm(x.relu() if i else x, weight) + bias  # not baddbmm: compiled, sum and ReLU are one pass
+            x = (
+                torch.bmm(x.relu() if i else x, weight) + bias
+            )  # not baddbmm: compiled, sum and ReLU are one pass
         return x.squeeze(-1)
 
 
-# --- estimators -----------------------------------------------------------------------------------------------------------
+# --- estimators ---------------------------------------------------------------------------------------------
 
 
 def soft_value(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
@@ -155,7 +171,7 @@ def polyak(target: Tensor, params: Tensor, tau: float) -> Tensor:
     return tau * params + (1 - tau) * target
 
 
-# --- losses ---------------------------------------------------------------------------------------------------------------
+# --- losses -------------------------------------------------------------------------------------------------
 
 
 def critic_loss(q: Tensor, target: Tensor) -> Tensor:
@@ -178,28 +194,129 @@ def alpha_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Te
     return -(log_alpha.exp() * (log_prob + target_entropy)).mean()
 
 
-# --- the run --------------------------------------------------------------------------------------------------------------
+# --- the update ---------------------------------------------------------------------------------------------
+
+Learner = dict[
+    str, Tensor | dict[str, Tensor]
+]  # actor, critic, (value,) target, log_alpha, and NAME_opt of each
 
 
-def batches(buffer: ReplayBuffer, count: int, size: int, generator: torch.Generator) -> Iterator[tuple[Replayed, Tensor]]:
-    """`count` batches of `size` transitions, gathered at once, each with noise (2, B, A) for two actions a state."""
+class Networks(NamedTuple):
+    """The networks as pure functions of their parameters."""
+
+    policy: Callable[[Tensor, Tensor], SquashedGaussian]  # params, obs
+    q: Callable[[Tensor, Tensor, Tensor], Tensor]  # params, obs, action
+    v: Callable[[Tensor, Tensor], Tensor]  # params, obs
+
+
+def descend(learner: Learner, name: str, gradient: Tensor, learning_rate: float) -> Learner:
+    """The learner after a step of Adam on learner[name]."""
+    params, opt = adam(learner[name], gradient, learner[f"{name}_opt"], learning_rate, eps=1e-8)
+    return learner | {name: params, f"{name}_opt": opt}
+
+
+def update(
+    nets: Networks, args: Args, target_entropy: float, learner: Learner, batch: Replayed, noise: Tensor
+) -> tuple[Learner, dict[str, Tensor]]:
+    """A gradient step on everything, a pure function: learner, batch, noise (2, B, A) to learner, metrics."""
+    alpha, metrics = learner["log_alpha"].exp(), {}
+    if args.value_network:
+        action, log_prob = nets.policy(learner["actor"], batch.obs).sample(noise[0])
+        wanted = soft_value(nets.q(learner["critic"], batch.obs, action), log_prob, alpha)
+        next_value = nets.v(learner["target"], batch.next_obs)
+        v_loss = grad_and_value(lambda params: soft_value_loss(nets.v(params, batch.obs), wanted))
+        gradient, metrics["vf_loss"] = v_loss(learner["value"])
+        learner = descend(learner, "value", gradient, args.critic_learning_rate)
+    else:
+        action, log_prob = nets.policy(learner["actor"], batch.next_obs).sample(noise[0])
+        next_value = soft_value(nets.q(learner["target"], batch.next_obs, action), log_prob, alpha)
+    target = soft_target(batch.reward, batch.terminated, next_value, args.gamma)
+
+    def q_loss(params):
+        q = nets.q(params, batch.obs, batch.action)
+        return critic_loss(q, target), q
+
+    gradient, (metrics["qf_loss"], q) = grad_and_value(q_loss, has_aux=True)(learner["critic"])
+    for i, each in enumerate(q, start=1):
+        metrics |= {f"qf{i}_values": each.mean(), f"qf{i}_loss": ((each - target) ** 2).mean()}
+    learner = descend(learner, "critic", gradient, args.critic_learning_rate)
+
+    def pi_loss(params):
+        action, log_prob = nets.policy(params, batch.obs).sample(noise[1])
+        return actor_loss(nets.q(learner["critic"], batch.obs, action), log_prob, alpha), log_prob
+
+    gradient, (metrics["actor_loss"], log_prob) = grad_and_value(pi_loss, has_aux=True)(learner["actor"])
+    learner = descend(learner, "actor", gradient, args.learning_rate)
+    if args.alpha is None:
+        gradient, metrics["alpha_loss"] = grad_and_value(alpha_loss)(
+            learner["log_alpha"], log_prob, target_entropy
+        )
+        learner = descend(learner, "log_alpha", gradient, args.critic_learning_rate)
+    followed = learner["value" if args.value_network else "critic"]  # the network that has a target
+    learner = learner | {"target": polyak(learner["target"], followed, args.tau)}
+    return learner, metrics | {"alpha": alpha, "entropy": -log_prob.mean()}
+
+
+# --- the run ------------------------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """What a run goes on from: everything that training changes, by name."""
+
+    learner: Learner
+    buffer: ReplayBuffer
+    generator: torch.Generator
+
+
+def new_networks(actor: Actor, critic: TwinCritic, value: nn.Module, args: Args) -> tuple[Learner, Networks]:
+    """The learner at the start of a run, and the modules as pure functions."""
+    device = next(actor.parameters()).device
+    (actor_params, actor_of), (critic_params, critic_of), (value_params, value_of) = map(
+        flatten, (actor, critic, value)
+    )
+    log_alpha = torch.tensor(math.log(1.0 if args.alpha is None else args.alpha), device=device)
+    learner: Learner = {"actor": actor_params, "critic": critic_params, "log_alpha": log_alpha}
+    if args.value_network:
+        learner["value"] = value_params
+    learner |= {f"{name}_opt": new_adam(params) for name, params in learner.items()}
+    learner["target"] = (value_params if args.value_network else critic_params).clone()
+    return learner, Networks(
+        policy=lambda params, obs: functional_call(actor, actor_of(params), (obs,)),
+        q=lambda params, obs, action: functional_call(critic, critic_of(params), (obs, action)),
+        v=lambda params, obs: functional_call(value, value_of(params), (obs,)).squeeze(-1),
+    )
+
+
+def batches(
+    buffer: ReplayBuffer, count: int, size: int, generator: torch.Generator
+) -> Iterator[tuple[Replayed, Tensor]]:
+    """`count` batches of `size` transitions, gathered at once, each with noise for two actions a state."""
     if count:
-        noise = torch.randn(count, 2, size, buffer.action.shape[-1], generator=generator, device=generator.device)
+        noise = torch.randn(
+            count, 2, size, buffer.action.shape[-1], generator=generator, device=generator.device
+        )
         columns = (column.split(size) for column in buffer.sample(count * size, generator))
         for *batch, each in zip(*columns, noise, strict=True):
             yield Replayed(*batch), each
 
 
-def make_policy(envs: VectorEnv, args: Args, acting: dict) -> Policy:
-    """The deterministic policy of what an agent.pt holds: observations (B, D) to the squashed means of their actions."""
-    device = acting["params"].device
-    net = Actor(envs, args.hidden).to(device)
-    params = flatten(net)[1](acting["params"])
+def policy_at(net: Actor) -> Callable[[np.ndarray], SquashedGaussian]:
+    """Observations (N, D) to the distribution of actions, by the parameters that are in `net`."""
+    device = next(net.parameters()).device
+    return lambda obs: net(torch.as_tensor(obs, dtype=torch.float32, device=device))
 
-    def policy(obs: np.ndarray) -> np.ndarray:
-        return functional_call(net, params, (torch.as_tensor(obs, device=device),)).mode().cpu().numpy()
 
-    return policy
+def acting(state: State) -> dict:
+    """What acting needs, and nothing else: an agent.pt."""
+    return {"params": state.learner["actor"]}
+
+
+def make_policy(envs: VectorEnv, args: Args, agent: dict) -> Policy:
+    """The deterministic policy of what an agent.pt holds: observations (N, D) to their squashed means."""
+    net = Actor(envs, args.hidden).to(agent["params"].device)
+    loader(net)(agent["params"])
+    policy = policy_at(net)
+    return lambda obs: policy(obs).mode().cpu().numpy()
 
 
 def check(args: Args) -> None:
@@ -216,7 +333,6 @@ def check(args: Args) -> None:
         args.buffer_size >= args.num_envs,
         f"--buffer-size {args.buffer_size} is less than one step of the environments (--num-envs {args.num_envs})",
     )
-    require(args.total_steps >= args.num_envs, f"--total-steps {args.total_steps} is less than --num-envs {args.num_envs}")
     require(
         args.alpha is None or args.target_entropy is None,
         "--target-entropy is what --alpha is tuned to: it does not go with a fixed --alpha",
@@ -225,126 +341,76 @@ def check(args: Args) -> None:
         args.random_steps < args.total_steps,
         f"--random-steps {args.random_steps} leaves none of --total-steps {args.total_steps} to learn in",
     )
+    first, last = (int(args.updates_per_step * steps) for steps in (args.random_steps, args.total_steps))
+    require(
+        last > first,
+        f"--updates-per-step {args.updates_per_step:g} makes no update in --total-steps {args.total_steps}",
+    )
+
+
+def check_bf16(args: Args, device: torch.device) -> None:
+    """Set the precision of float32 matrix products; refuse one that the machine has no instructions for."""
+    able = (
+        device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    )
+    require(able or not args.bf16, "--bf16: this CPU has neither AMX nor AVX512-BF16; use --no-bf16")
+    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")
 
 
 def check_actions(envs: VectorEnv) -> None:
     """Refuse action spaces other than a bounded Box, which tanh fills."""
     others = "zoo/ppo.py, zoo/trpo.py, zoo/actor_critic.py or zoo/reinforce.py"
-    require(not envs.discrete, f"--env {envs.env_id}: actions are discrete, and SAC acts in a bounded Box; use {others}")
+    require(
+        not envs.discrete,
+        f"--env {envs.env_id}: actions are discrete, and SAC acts in a bounded Box; use {others}",
+    )
     bounded = bool(envs.bounded.all())
-    require(bounded, f"--env {envs.env_id}: actions are unbounded, and SAC squashes them into finite bounds; use {others}")
+    require(
+        bounded,
+        f"--env {envs.env_id}: actions are unbounded, and SAC squashes them into finite bounds; use {others}",
+    )
 
 
 def train(args: Args) -> float:
     """Run SAC; the mean return of the final evaluation."""
     check(args)
     device = setup(args.device, args.threads)
-    able = device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    require(able or not args.bf16, "--bf16: this CPU has neither AMX nor AVX512-BF16; use --no-bf16")
-    torch.set_float32_matmul_precision("medium" if args.bf16 else "highest")
+    check_bf16(args, device)
     envs = make_envs(args.env, args.num_envs, threads=args.env_threads)
     check_actions(envs)
-    torch.manual_seed(args.seed)
-    actor_net, critic_net = Actor(envs, args.hidden).to(device), TwinCritic(envs, args.hidden).to(device)
-    value_net = mlp((envs.obs_dim, *args.hidden, 1)).to(device)
-    (actor, unflatten_actor), (critic, unflatten_critic), (value, unflatten_value) = map(
-        flatten, (actor_net, critic_net, value_net)
-    )
-    generator = torch.Generator(device).manual_seed(args.seed)
+    torch.manual_seed(generator_seed(args.seed, "network"))
+    actor, critic = Actor(envs, args.hidden).to(device), TwinCritic(envs, args.hidden).to(device)
+    value = mlp((envs.obs_dim, *args.hidden, 1)).to(device)
+    networks, nets = new_networks(actor, critic, value, args)
     target_entropy = -float(envs.action_dim) if args.target_entropy is None else args.target_entropy
-    followed = "value" if args.value_network else "critic"  # the network that has a target
+    learn = compile_function(partial(update, nets, args, target_entropy), device, args.compile)
+    policy, load = policy_at(actor), loader(actor)
 
-    def policy_of(params, obs):
-        return functional_call(actor_net, unflatten_actor(params), (obs,))
-
-    def q_of(params, obs, action):
-        return functional_call(critic_net, unflatten_critic(params), (obs, action))
-
-    def v_of(params, obs):
-        return functional_call(value_net, unflatten_value(params), (obs,)).squeeze(-1)
-
-    def act(params, obs, noise):
-        return policy_of(params, obs).sample(noise)[0]
-
-    def descend(learner, name, gradient, learning_rate):
-        """A step of Adam on learner[name]."""
-        params, opt = adam(learner[name], gradient, learner[f"{name}_opt"], learning_rate, eps=1e-8)
-        return learner | {name: params, f"{name}_opt": opt}
-
-    def update(learner, batch, noise):
-        """A gradient step on everything, a pure function: networks, optimisers and batch in, the new ones and metrics out."""
-        alpha, metrics = learner["log_alpha"].exp(), {}
-        if args.value_network:
-            action, log_prob = policy_of(learner["actor"], batch.obs).sample(noise[0])
-            wanted = soft_value(q_of(learner["critic"], batch.obs, action), log_prob, alpha)
-            next_value = v_of(learner["target"], batch.next_obs)
-            v_loss = grad_and_value(lambda params: soft_value_loss(v_of(params, batch.obs), wanted))
-            gradient, metrics["vf_loss"] = v_loss(learner["value"])
-            learner = descend(learner, "value", gradient, args.critic_learning_rate)
-        else:
-            action, log_prob = policy_of(learner["actor"], batch.next_obs).sample(noise[0])
-            next_value = soft_value(q_of(learner["target"], batch.next_obs, action), log_prob, alpha)
-        target = soft_target(batch.reward, batch.terminated, next_value, args.gamma)
-
-        def q_loss(params):
-            q = q_of(params, batch.obs, batch.action)
-            return critic_loss(q, target), q
-
-        gradient, (metrics["qf_loss"], q) = grad_and_value(q_loss, has_aux=True)(learner["critic"])
-        for i, each in enumerate(q, start=1):
-            metrics |= {f"qf{i}_values": each.mean(), f"qf{i}_loss": ((each - target) ** 2).mean()}
-        learner = descend(learner, "critic", gradient, args.critic_learning_rate)
-
-        critic = learner["critic"]
-
-        def pi_loss(params):
-            action, log_prob = policy_of(params, batch.obs).sample(noise[1])
-            return actor_loss(q_of(critic, batch.obs, action), log_prob, alpha), log_prob
-
-        gradient, (metrics["actor_loss"], log_prob) = grad_and_value(pi_loss, has_aux=True)(learner["actor"])
-        learner = descend(learner, "actor", gradient, args.learning_rate)
-        if args.alpha is None:
-            gradient, metrics["alpha_loss"] = grad_and_value(alpha_loss)(learner["log_alpha"], log_prob, target_entropy)
-            learner = descend(learner, "log_alpha", gradient, args.critic_learning_rate)
-        learner = learner | {"target": polyak(learner["target"], learner[followed], args.tau)}
-        return learner, metrics | {"alpha": alpha, "entropy": -log_prob.mean()}
-
-    def policy(obs):  # at the present parameters, without noise, for evaluations
-        return policy_of(learner["actor"], torch.as_tensor(obs, device=device)).mode().cpu().numpy()
-
-    def snapshot():
-        return {"learner": learner, "buffer": buffer.state(), "generator": generator.get_state()}
-
-    act, update = (compile_function(f, device, args.compile) for f in (act, update))
-
-    log_alpha = torch.tensor(math.log(1.0 if args.alpha is None else args.alpha), device=device)
-    networks = {"actor": actor, "critic": critic, "log_alpha": log_alpha} | ({"value": value} if args.value_network else {})
-    optimisers = {f"{name}_opt": new_adam(params) for name, params in networks.items()}
-    learner: dict[str, Any] = {**networks, **optimisers, "target": networks[followed].clone()}
-    buffer = ReplayBuffer(args.buffer_size // args.num_envs, args.num_envs, envs.obs_dim, envs.action_dim, device)
-    run = Run(args, "sac", envs, lambda: make_envs(args.env, args.eval_episodes, threads=args.env_threads))
-    if state := run.restore():
-        learner = tree_map(lambda x: x.to(device), state["learner"])
-        learner["log_alpha"] = learner["log_alpha"] if args.alpha is None else log_alpha
-        buffer.restore(state["buffer"])
-        buffer.cut()
-        restore_generator(generator, state["generator"], args.seed + run.step)
-    del state  # with a replay buffer of its own
-    obs = envs.reset(args.seed + run.step)  # a resumed run begins new episodes
+    buffer = ReplayBuffer(
+        args.buffer_size // args.num_envs, args.num_envs, envs.obs_dim, envs.action_dim, device
+    )
+    run = Run(args, "sac", Evaluation(args, make_policy), engine=envs.engine)
+    generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "noise"))
+    learner, buffer, generator = run.restore(State(networks, buffer, generator))
+    buffer.cut()  # a resumed run begins new episodes
+    load(learner["actor"])
+    obs = envs.reset(env_seeds(args.seed, "environments", args.num_envs, run.step))
     held, step = 0, run.step
 
-    while step + args.num_envs <= args.total_steps:
+    while step < args.total_steps:
         episodes: list[tuple[float, int]] = []
         metrics: dict[str, Tensor] = {}
         updates = 0
-        while step < run.step + args.report_every and step + args.num_envs <= args.total_steps:
+        while step < min(run.step + args.report_every, args.total_steps):
             if step < args.random_steps:
                 if held % args.random_hold == 0:
-                    action = 2 * torch.rand(args.num_envs, envs.action_dim, generator=generator, device=device) - 1
+                    action = (
+                        2 * torch.rand(args.num_envs, envs.action_dim, generator=generator, device=device) - 1
+                    )
                 held += 1
             else:
                 noise = torch.randn(args.num_envs, envs.action_dim, generator=generator, device=device)
-                action = act(learner["actor"], torch.as_tensor(obs, device=device), noise)
+                action = policy(obs).sample(noise)[0]
             result = envs.step(action.cpu().numpy())
             buffer.add(obs, action, result)
             obs, step = result.obs, step + args.num_envs
@@ -353,11 +419,16 @@ def train(args: Args) -> float:
                 continue
             due = int(args.updates_per_step * step) - int(args.updates_per_step * (step - args.num_envs))
             for batch, noise in batches(buffer, due, args.batch_size, generator):
-                learner, info = update(learner, batch, noise)
+                learner, info = learn(learner, batch, noise)
                 metrics = {name: value + metrics.get(name, 0) for name, value in info.items()}
                 updates += 1
-        run.report(step, snapshot(), {name: value / updates for name, value in metrics.items()}, episodes, policy)
-    return run.finish(snapshot(), policy, {"params": learner["actor"]})
+            load(learner["actor"])
+        state = State(learner, buffer, generator)
+        run.report(
+            step, state, acting(state), {name: value / updates for name, value in metrics.items()}, episodes
+        )
+    envs.close()
+    return run.finish(state, acting(state))
 
 
 if __name__ == "__main__":

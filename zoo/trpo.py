@@ -1,20 +1,22 @@
 """Trust Region Policy Optimisation (Schulman et al. 2015, arXiv:1502.05477), one file.
 
-Collect T steps of N environments with the current policy pi_old, then take the one step that improves the surrogate most
-within a trust region, measured in the space of policies and not of parameters:
+Collect T steps of N environments with the current policy pi_old, then take the one step that improves the
+surrogate most within a trust region, measured in the space of policies and not of parameters:
 
-    maximise  L(theta) = E[ pi(a_t|s_t) / pi_old(a_t|s_t) A_t ]    subject to    E[ KL(pi_old(.|s_t) || pi(.|s_t)) ] <= delta
+    maximise  L(theta) = E[ pi(a_t|s_t) / pi_old(a_t|s_t) A_t ]   where   E[ KL(pi_old(.|s_t) || pi(.|s_t)) ] <= delta
 
-To first order L is g^T s and to second order the KL is s^T F s / 2, s = theta - theta_old, F the Fisher matrix. Hence
+To first order L is g^T s and to second order the KL is s^T F s / 2, s = theta - theta_old, F the Fisher
+matrix. Hence
 
-    x = F^-1 g                             the natural gradient, by conjugate gradient: F itself is never formed, because
-    F v = J^T M J v                        its product with a vector costs little more than a gradient (fisher_product)
-    s = sqrt(2 delta / (x^T F x)) x        the longest step that the quadratic model allows
-    s, 0.8 s, 0.64 s, ...                  the first whose true KL is at most delta and whose L is better; else no step at all
+    x = F^-1 g                        the natural gradient, by conjugate gradient: F is never formed, because
+    F v = J^T M J v                   its product with a vector costs little more than a gradient
+    s = sqrt(2 delta / (x^T F x)) x   the longest step that the quadratic model allows
+    s, 0.8 s, 0.64 s, ...             the first whose true KL is at most delta and whose L is better; else none
 
-Advantages are GAE's, as in ppo.py; V is fitted by itself, by Adam on E[(V(s_t) - R_t)^2] with R_t = A_t + V(s_t).
-Policy and critic share no parameter but one flat vector: the KL and L do not depend on the critic's part of it, nor the
-critic's loss on the policy's, so that neither update moves the other's numbers by a single bit.
+Advantages are GAE's, as in ppo.py; V is fitted by itself, by Adam on E[(V(s_t) - R_t)^2] with R_t = A_t +
+V(s_t). Policy and critic share no parameter but one flat vector: the KL and L do not depend on the critic's
+part of it, nor the critic's loss on the policy's, so that neither update moves the other's numbers by a
+single bit.
 
     python zoo/trpo.py --env HalfCheetah-v4
     python zoo/trpo.py --env CartPole-v1 --seed 2
@@ -23,32 +25,48 @@ critic's loss on the policy's, so that neither update moves the other's numbers 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, jvp, vjp
-from torch.utils._pytree import tree_map
 
-from zoo.common.cli import RunArgs, check_args, main, require
-from zoo.common.device import compile_function, flatten, restore_generator, setup
+from zoo.common.args import RunArgs, check_args, require
+from zoo.common.cli import main
+from zoo.common.device import compile_function, flatten, loader, scan, setup
 from zoo.common.envs import VectorEnv, make_envs
-from zoo.common.normalize import discounted_sums, new_stats, normalize, update_stats
-from zoo.common.optim import adam, new_adam
-from zoo.common.run import Policy, Run
+from zoo.common.evaluate import Evaluation, Policy
+from zoo.common.normalize import (
+    Stats,
+    discounted_sums,
+    new_stats,
+    normalize,
+    normalizer,
+    return_scale,
+    update_stats,
+)
+from zoo.common.optim import Moments, adam, new_adam
+from zoo.common.run import Run
+from zoo.common.seeding import env_seeds, generator_seed
 
 
 @dataclass
 class Args(RunArgs):
+    kept: ClassVar = (*RunArgs.kept, "hidden", "log_std")
+
     num_envs: int = 64  # environments stepped together, N
     num_steps: int = 16  # steps of each environment between updates, T; a batch is N x T transitions
     delta: float = 0.02  # the trust region: the largest mean KL(pi_old || pi) of an update, in nats
     anneal: bool = False  # let delta and the critic's learning rate fall linearly to 0 over the run
     cg_iterations: int = 10  # of conjugate gradient, at most
     cg_tolerance: float = 1e-5  # it stops at a residual of this times the gradient's norm
-    damping: float = 0.1  # conjugate gradient solves (F + damping I) x = g, which bounds x where the KL is flat
-    fvp_subsample: int = 4  # Fisher-vector products on every k-th state of the batch; gradient and line search use all
+    damping: float = (
+        0.1  # conjugate gradient solves (F + damping I) x = g, which bounds x where the KL is flat
+    )
+    fvp_subsample: int = (
+        4  # Fisher-vector products on every k-th state of the batch; gradient and line search use all
+    )
     backtrack: float = 0.8  # factor between the steps that the line search tries
     max_backtracks: int = 10  # the shortest of them is backtrack ** max_backtracks of the full one
     critic_epochs: int = 5  # the critic's passes over a batch
@@ -58,7 +76,9 @@ class Args(RunArgs):
     gae_lambda: float = 0.95  # GAE's lambda: 0 trusts the critic (one-step TD), 1 the rewards (Monte Carlo)
     normalize_advantages: bool = True  # mean 0 and standard deviation 1 in each batch
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
-    log_std: float = -1.0  # initial log standard deviation of a Gaussian policy, in units of half the action range
+    log_std: float = (
+        -1.0
+    )  # initial log standard deviation of a Gaussian policy, in units of half the action range
     normalize_obs: bool = True  # observations by their running mean and standard deviation
     scale_rewards: bool = True  # rewards by the running standard deviation of the discounted return
 
@@ -70,25 +90,29 @@ class Args(RunArgs):
 
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
 SETTINGS: dict[str, dict] = {
-    # Hopper stands still for good, and is paid for it, once its policy has lost its variance: wider, and slower to narrow
-    "Hopper-v4": dict(num_envs=32, num_steps=64, delta=0.01, anneal=True, critic_epochs=20, gamma=0.995, log_std=0.0),
+    # Hopper stands still for good, and is paid for it, once its policy has lost its variance: wider, and
+    # slower to narrow
+    "Hopper-v4": dict(
+        num_envs=32, num_steps=64, delta=0.01, anneal=True, critic_epochs=20, gamma=0.995,
+        log_std=0.0,
+    ),
     "Walker2d-v4": dict(num_envs=32, num_steps=64, anneal=True, critic_epochs=10, log_std=-0.5),
     "CartPole-v1": dict(
-        total_steps=100_000, num_envs=8, num_steps=128, delta=0.01, fvp_subsample=1, damping=1e-3, critic_epochs=10,
-        minibatch_size=128, gae_lambda=0.98, eval_every=20_000,
+        total_steps=100_000, num_envs=8, num_steps=128, delta=0.01, fvp_subsample=1, damping=1e-3,
+        critic_epochs=10, minibatch_size=128, gae_lambda=0.98, eval_every=20_000,
     ),
     "Acrobot-v1": dict(
-        total_steps=100_000, num_envs=16, num_steps=64, delta=0.01, fvp_subsample=1, critic_epochs=10, minibatch_size=128,
-        eval_every=20_000, eval_episodes=100,
+        total_steps=100_000, num_envs=16, num_steps=64, delta=0.01, fvp_subsample=1, critic_epochs=10,
+        minibatch_size=128, eval_every=20_000, eval_episodes=100,
     ),
     "Pendulum-v1": dict(
-        total_steps=100_000, num_envs=8, num_steps=256, fvp_subsample=1, critic_epochs=20, minibatch_size=128, gamma=0.95,
-        log_std=0.0, eval_every=20_000, eval_episodes=100,
+        total_steps=100_000, num_envs=8, num_steps=256, fvp_subsample=1, critic_epochs=20,
+        minibatch_size=128, gamma=0.95, log_std=0.0, eval_every=20_000, eval_episodes=100,
     ),
 }  # fmt: skip
 
 
-# --- networks and distributions -------------------------------------------------------------------------------------------
+# --- networks and distributions -----------------------------------------------------------------------------
 
 
 class Gaussian(NamedTuple):
@@ -131,7 +155,7 @@ class Categorical(NamedTuple):
 
 
 def draw_noise(envs: VectorEnv, *shape: int, generator: torch.Generator) -> Tensor:
-    """The randomness of actions, drawn ahead so that acting is a pure function: standard normal or Gumbel (*shape, A)."""
+    """The randomness of actions, drawn ahead of acting: standard normal or Gumbel, (*shape, A)."""
     noise = torch.empty(*shape, envs.action_dim, device=generator.device)
     if envs.discrete:
         return -noise.exponential_(generator=generator).log()
@@ -153,43 +177,52 @@ def trunk(inputs: int, hidden: tuple[int, ...]) -> nn.Sequential:
 
 
 class ActorCritic(nn.Module):
-    """obs (B, D) -> the policy's distribution and V (B,)."""
+    """obs (..., D) -> the policy's distribution and V (...)."""
 
     def __init__(self, envs: VectorEnv, hidden: tuple[int, ...], log_std: float, shared: bool):
         super().__init__()
         self.policy_trunk = trunk(envs.obs_dim, hidden)
         self.value_trunk = self.policy_trunk if shared else trunk(envs.obs_dim, hidden)
-        self.policy_head = layer(hidden[-1], envs.action_dim, 0.01)  # near-uniform or near-zero-mean actions at the start
+        self.policy_head = layer(
+            hidden[-1], envs.action_dim, 0.01
+        )  # near-uniform or near-zero-mean actions at the start
         self.value_head = layer(hidden[-1], 1, 1.0)
         self.log_std = None if envs.discrete else nn.Parameter(torch.full((envs.action_dim,), log_std))
 
-    def forward(self, obs: Tensor) -> tuple[Gaussian | Categorical, Tensor]:
+    def policy(self, obs: Tensor) -> Gaussian | Categorical:
         output = self.policy_head(self.policy_trunk(obs))
-        dist = Categorical(output) if self.log_std is None else Gaussian(output, self.log_std)
-        return dist, self.value_head(self.value_trunk(obs)).squeeze(-1)
+        return Categorical(output) if self.log_std is None else Gaussian(output, self.log_std)
+
+    def value(self, obs: Tensor) -> Tensor:
+        return self.value_head(self.value_trunk(obs)).squeeze(-1)
+
+    def forward(self, obs: Tensor) -> tuple[Gaussian | Categorical, Tensor]:
+        return self.policy(obs), self.value(obs)
 
 
-# --- estimators -----------------------------------------------------------------------------------------------------------
+# --- estimators ---------------------------------------------------------------------------------------------
 
 
 def gae(
-    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor, gamma: float, lam: float
-) -> Tensor:
-    """Generalised advantage estimates (T, N) (Schulman et al. 2016, arXiv:1506.02438, eq. 16); all inputs (T, N).
+    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor,
+    gamma: float, lam: float,
+) -> Tensor:  # fmt: skip
+    """Generalised advantage estimates (T, N) (Schulman et al. 2016, arXiv:1506.02438, eq. 16) of (T, N).
 
-    next_value[t] is V of the true successor of step t. The recursion is cut at every episode's end; the bootstrap
-    gamma * next_value only at terminations, because a time limit does not make the future worthless.
+    next_value[t] is V of the true successor of step t. The recursion is cut at every episode's end; the
+    bootstrap gamma * next_value only at terminations, because a time limit does not make the future
+    worthless.
     """
     delta = reward + gamma * next_value * ~terminated - value
     decay = gamma * lam * ~(terminated | truncated)
-    advantage = torch.empty_like(delta)
-    running = torch.zeros_like(delta[0])
-    for t in reversed(range(len(delta))):
-        advantage[t] = running = delta[t] + decay[t] * running
-    return advantage
+    advantage, running = [], torch.zeros_like(delta[0])
+    for delta_t, decay_t in zip(reversed(delta.unbind()), reversed(decay.unbind()), strict=True):
+        running = delta_t + decay_t * running
+        advantage.append(running)
+    return torch.stack(advantage[::-1])
 
 
-# --- losses ---------------------------------------------------------------------------------------------------------------
+# --- losses -------------------------------------------------------------------------------------------------
 
 
 class PolicyBatch(NamedTuple):
@@ -212,11 +245,21 @@ def kl(old: Gaussian | Categorical, new: Gaussian | Categorical) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def surrogate(params: Tensor, batch: PolicyBatch, forward: Callable) -> tuple[Tensor, dict[str, Tensor]]:
+def surrogate(forward: Callable, params: Tensor, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """L, and at which KL; forward(params, obs) gives the distribution and V."""
     dist = forward(params, batch.obs)[0]
     ratio = (dist.log_prob(batch.action) - batch.old.log_prob(batch.action)).exp()
-    return (ratio * batch.advantage).mean(), {"kl": kl(batch.old, dist).mean(), "entropy": dist.entropy().mean()}
+    return (ratio * batch.advantage).mean(), {
+        "kl": kl(batch.old, dist).mean(),
+        "entropy": dist.entropy().mean(),
+    }
+
+
+def surrogate_gradient(
+    forward: Callable, params: Tensor, batch: PolicyBatch
+) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
+    """The gradient of L (P,), and what `surrogate` returns."""
+    return grad_and_value(partial(surrogate, forward), has_aux=True)(params, batch)
 
 
 def value_fit_loss(params: Tensor, obs: Tensor, return_: Tensor, forward: Callable) -> Tensor:
@@ -224,14 +267,31 @@ def value_fit_loss(params: Tensor, obs: Tensor, return_: Tensor, forward: Callab
     return ((forward(params, obs)[1] - return_) ** 2).mean()
 
 
-# --- the trust-region step ------------------------------------------------------------------------------------------------
+def fit_critic(
+    forward: Callable, args: Args, params: Tensor, opt: Moments, obs: Tensor, return_: Tensor, order: Tensor,
+    learning_rate: Tensor,
+) -> tuple[Tensor, Moments, Tensor]:  # fmt: skip
+    """A step for each minibatch of the rows in this order, (B,) or longer; also the mean loss."""
+
+    def step(carry, minibatch):
+        params, opt = carry
+        critic_grad, loss = grad_and_value(value_fit_loss)(params, *minibatch, forward)
+        return adam(params, critic_grad, opt, learning_rate), loss
+
+    minibatches = tuple(column[order].unflatten(0, (-1, args.minibatch_size)) for column in (obs, return_))
+    (params, opt), losses = scan(step, (params, opt), minibatches)
+    return params, opt, losses.mean()
 
 
-def fisher_product(params: Tensor, obs: Tensor, vector: Tensor, forward: Callable) -> Tensor:
+# --- the trust-region step ----------------------------------------------------------------------------------
+
+
+def fisher_product(forward: Callable, params: Tensor, obs: Tensor, vector: Tensor) -> Tensor:
     """F v, (P,): the Hessian at `params` of the mean KL to the policy there, times a vector.
 
-    The KL's gradient vanishes there, so F = J^T M J exactly: J the Jacobian of the distribution's parameters by theta, M the
-    KL's Hessian by the distribution's parameters. J v in forward mode, then J^T in reverse: half the work of grad under jvp.
+    The KL's gradient vanishes there, so F = J^T M J exactly: J the Jacobian of the distribution's parameters
+    by theta, M the KL's Hessian by the distribution's parameters. J v in forward mode, then J^T in reverse:
+    half the work of grad under jvp.
     """
 
     def policy(theta):
@@ -245,8 +305,11 @@ def fisher_product(params: Tensor, obs: Tensor, vector: Tensor, forward: Callabl
     return vjp(policy, params)[1](metric)[0]
 
 
-def conjugate_gradient(product: Callable, b: Tensor, iterations: int, tolerance: float) -> tuple[Tensor, Tensor]:
-    """x with product(x) = b for a positive definite product (Hestenes & Stiefel 1952), and its residual |b - product(x)| / |b|.
+def conjugate_gradient(
+    product: Callable, b: Tensor, iterations: int, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """x with product(x) = b for a positive definite product (Hestenes & Stiefel 1952), and its residual |b -
+    product(x)| / |b|.
 
     Stops after `iterations`, or when the residual is at most `tolerance`.
     """
@@ -264,29 +327,61 @@ def conjugate_gradient(product: Callable, b: Tensor, iterations: int, tolerance:
 
 
 def trust_region_step(
-    params: Tensor, batch: PolicyBatch, gradient: Callable, product: Callable, evaluate: Callable, args: Args, delta: float
+    params: Tensor,
+    batch: PolicyBatch,
+    gradient: Callable,
+    product: Callable,
+    evaluate: Callable,
+    args: Args,
+    delta: float,
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
     """The new parameters, or `params` itself where the line search finds none, and what to log.
 
-    gradient(params, batch) gives g and (L, metrics), product(params, obs, v) gives F v, evaluate(params, batch) (L, metrics).
+    gradient(params, batch) gives g and (L, metrics), product(params, obs, v) gives F v, evaluate(params,
+    batch) (L, metrics).
     """
     g, (old_surrogate, old_metrics) = gradient(params, batch)
+    unchanged = old_metrics | {"policy_loss": 0.0, "accepted": 0.0, "step_fraction": 0.0}
+    # x's direction is all that counts, and squares of the gradient of a policy that is all but certain
+    # underflow
+    unit = g / g.abs().max().clamp(min=torch.finfo(g.dtype).tiny)
     fisher = partial(product, params, batch.obs[:: args.fvp_subsample].contiguous())
-    x, residual = conjugate_gradient(lambda v: fisher(v) + args.damping * v, g, args.cg_iterations, args.cg_tolerance)
-    # The length is that of the KL itself, without damping. Where the gradient is zero, so is the step.
-    step = (2 * delta / (x @ fisher(x)).clamp(min=1e-30)).sqrt() * x
+    x, residual = conjugate_gradient(
+        lambda v: fisher(v) + args.damping * v, unit, args.cg_iterations, args.cg_tolerance
+    )
     log: dict[str, Tensor | float] = {"grad_norm": g.norm(), "cg_residual": residual}
+    # The length is that of the KL itself, without damping
+    step = (2 * delta / (x @ fisher(x)).clamp(min=torch.finfo(g.dtype).tiny)).sqrt() * x
+    if not g @ step > torch.finfo(g.dtype).eps * batch.advantage.abs().mean():
+        return (
+            params,
+            log | unchanged,
+        )  # it promises less than L's own rounding: nothing is left to be learnt here
     for tries in range(args.max_backtracks + 1):
         fraction = args.backtrack**tries
         candidate = params + fraction * step
         new_surrogate, metrics = evaluate(candidate, batch)
         gain = new_surrogate - old_surrogate
         if metrics["kl"] <= delta and gain > 0:  # false for a NaN too
-            return candidate, log | metrics | {"policy_loss": -gain, "accepted": 1.0, "step_fraction": fraction}
-    return params, log | old_metrics | {"policy_loss": 0.0, "accepted": 0.0, "step_fraction": 0.0}
+            return candidate, log | metrics | {
+                "policy_loss": -gain,
+                "accepted": 1.0,
+                "step_fraction": fraction,
+            }
+    return params, log | unchanged
 
 
-# --- the run --------------------------------------------------------------------------------------------------------------
+# --- the run ------------------------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """What a run goes on from: everything that training changes, by name."""
+
+    params: Tensor
+    opt: Moments
+    obs_stats: Stats
+    return_stats: Stats
+    generator: torch.Generator
 
 
 class Rollout(NamedTuple):
@@ -300,52 +395,110 @@ class Rollout(NamedTuple):
     truncated: Tensor
 
 
-def collect(envs: VectorEnv, obs: np.ndarray, act, noise: Tensor) -> tuple[Rollout, np.ndarray, list]:
-    """Act by `act(obs, noise[t])` for T steps from `obs`; the rollout, the observations to go on from, the episodes ended."""
+def policy_at(net: ActorCritic, obs_stats: Stats) -> Callable[[np.ndarray], Gaussian | Categorical]:
+    """Observations (N, D) to the distribution of actions, by the parameters that are in `net`.
+
+    Runs as it stands: a compiled call costs more than the few products of a single step.
+    """
+    device, seen = obs_stats["mean"].device, normalizer(obs_stats)
+
+    def policy(obs: np.ndarray) -> Gaussian | Categorical:
+        return net.policy(seen(torch.as_tensor(obs, device=device)))
+
+    return policy
+
+
+def collect(envs: VectorEnv, obs: np.ndarray, policy, noise: Tensor) -> tuple[Rollout, np.ndarray, list]:
+    """Act by samples of `policy(obs)` for T steps; the rollout, the next observations, episodes ended."""
     rows, episodes = [], []
     for step_noise in noise:
-        action = act(torch.as_tensor(obs, device=noise.device), step_noise).cpu().numpy()
+        action = policy(obs).sample(step_noise).cpu().numpy()
         step = envs.step(action)
-        rows.append((obs, action, step.reward.astype(np.float32), step.next_obs, step.terminated, step.truncated))
+        rows.append(
+            (obs, action, step.reward.astype(np.float32), step.next_obs, step.terminated, step.truncated)
+        )
         obs = step.obs
         episodes += step.episodes
     columns = [torch.as_tensor(np.stack(column), device=noise.device) for column in zip(*rows, strict=True)]
     return Rollout(*columns), obs, episodes
 
 
-def make_policy(envs: VectorEnv, args: Args, acting: dict) -> Policy:
-    """The deterministic policy of what an agent.pt holds: observations (B, D) to the modes of their action distributions."""
-    device = acting["params"].device
-    net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(device)
-    params = flatten(net)[1](acting["params"])
+def as_seen(
+    rollout: Rollout, obs_stats: Stats, return_stats: Stats, sums: Tensor, args: Args
+) -> tuple[Rollout, Stats, Stats, Tensor]:
+    """The rollout as the networks see it, and the statistics with it counted in.
 
-    def policy(obs: np.ndarray) -> np.ndarray:
-        seen = normalize(torch.as_tensor(obs, device=device), acting["obs_stats"])
-        return functional_call(net, params, (seen,))[0].mode().cpu().numpy()
+    Observations are normalised as they were when they were acted on; rewards are scaled with their own sums
+    counted. sums (N,) are each environment's discounted rewards so far, which the next rollout goes on from.
+    """
+    obs, next_obs = normalize(rollout.obs, obs_stats), normalize(rollout.next_obs, obs_stats)
+    reward = rollout.reward
+    if args.scale_rewards:
+        ended = rollout.terminated | rollout.truncated
+        all_sums, sums = discounted_sums(reward, ended, sums, args.gamma)
+        return_stats = update_stats(return_stats, all_sums.flatten())
+        reward = reward / return_scale(return_stats)
+    if args.normalize_obs:
+        obs_stats = update_stats(obs_stats, rollout.obs.flatten(0, 1))
+    return rollout._replace(obs=obs, next_obs=next_obs, reward=reward), obs_stats, return_stats, sums
 
-    return policy
+
+def values(net: ActorCritic, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """V of each row's observation and of its true successor, (T, N) each.
+
+    The successor is the next row's observation, but where a time limit ended the episode. (Where it
+    terminated, the value stands for nothing and is not read.)
+    """
+    value = net.value(torch.cat((rollout.obs, rollout.next_obs[-1:])))
+    next_value = value[1:].clone()
+    if rollout.truncated.any():
+        next_value[rollout.truncated] = net.value(rollout.next_obs[rollout.truncated])
+    return value[:-1], next_value
+
+
+def acting(state: State) -> dict:
+    """What acting needs, and nothing else: an agent.pt."""
+    return {"params": state.params, "obs_stats": state.obs_stats}
+
+
+def make_policy(envs: VectorEnv, args: Args, agent: dict) -> Policy:
+    """The deterministic policy of what an agent.pt holds: observations (N, D) to modes."""
+    net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(agent["params"].device)
+    loader(net)(agent["params"])
+    policy = policy_at(net, agent["obs_stats"])
+    return lambda obs: policy(obs).mode().cpu().numpy()
 
 
 def check(args: Args) -> None:
     """Refuse arguments that cannot work together."""
     check_args(
         args,
-        at_least_1=("num_steps", "cg_iterations", "fvp_subsample", "critic_epochs", "minibatch_size", "hidden"),
+        at_least_1=(
+            "num_steps",
+            "cg_iterations",
+            "fvp_subsample",
+            "critic_epochs",
+            "minibatch_size",
+            "hidden",
+        ),
         fractions=("gamma", "gae_lambda", "cg_tolerance"),
         positive=("delta", "learning_rate"),
         finite=("log_std",),
     )
-    require(0 <= args.damping < float("inf"), f"--damping must be a number of at least 0, not {args.damping:g}")
+    require(
+        0 <= args.damping < float("inf"), f"--damping must be a number of at least 0, not {args.damping:g}"
+    )
     require(0 < args.backtrack < 1, f"--backtrack must lie between 0 and 1, not {args.backtrack:g}")
     require(args.max_backtracks >= 0, f"--max-backtracks must be at least 0, not {args.max_backtracks}")
     batch = args.num_envs * args.num_steps
     require(batch > 1, "--num-envs x --num-steps must be at least 2, for a batch to have a variance")
     require(
         batch % args.minibatch_size == 0,
-        f"--minibatch-size {args.minibatch_size} does not divide the batch of {batch} (--num-envs x --num-steps)",
+        f"--minibatch-size {args.minibatch_size} does not divide --num-envs x --num-steps = {batch}",
     )
-    require(args.fvp_subsample <= batch, f"--fvp-subsample {args.fvp_subsample} is more than the batch of {batch}")
-    require(args.total_steps >= batch, f"--total-steps {args.total_steps} is less than one batch of {batch} steps")
+    require(
+        args.fvp_subsample <= batch, f"--fvp-subsample {args.fvp_subsample} is more than the batch of {batch}"
+    )
 
 
 def train(args: Args) -> float:
@@ -353,101 +506,60 @@ def train(args: Args) -> float:
     check(args)
     device = setup(args.device, args.threads)
     envs = make_envs(args.env, args.num_envs, threads=args.env_threads)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(generator_seed(args.seed, "network"))
     net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(device)
     params, unflatten = flatten(net)
-    generator = torch.Generator(device).manual_seed(args.seed)
 
     def forward(params, obs):
         return functional_call(net, unflatten(params), (obs,))
 
-    def act(params, obs_stats, obs, noise):
-        return forward(params, normalize(obs, obs_stats))[0].sample(noise)
+    pure = (partial(f, forward) for f in (surrogate_gradient, fisher_product, surrogate))
+    gradient, product, evaluate = (compile_function(f, device, args.compile) for f in pure)
+    fit, load = compile_function(partial(fit_critic, forward, args), device, args.compile), loader(net)
+    run = Run(args, "trpo", Evaluation(args, make_policy), engine=envs.engine)
+    generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "noise"))
+    obs_stats, return_stats = new_stats(envs.obs_dim, device=device), new_stats(device=device)
+    state = run.restore(State(params, new_adam(params), obs_stats, return_stats, generator))
+    params, opt, obs_stats, return_stats, generator = state
+    load(params)
+    # a resumed run begins new episodes
+    obs = envs.reset(env_seeds(args.seed, "environments", args.num_envs, run.step))
+    sums = torch.zeros(args.num_envs, device=device)
 
-    def distribution(params, obs):
-        return forward(params, obs)[0]
-
-    def critic(params, obs):
-        return forward(params, obs)[1]
-
-    def gradient(params, batch):
-        return grad_and_value(surrogate, has_aux=True)(params, batch, forward)
-
-    def product(params, obs, vector):
-        return fisher_product(params, obs, vector, forward)
-
-    def evaluate(params, batch):
-        return surrogate(params, batch, forward)
-
-    def fit(params, opt, obs, return_, learning_rate):
-        """The critic's minibatch step, a pure function: parameters, optimiser and batch in, the new ones and the loss out."""
-        critic_grad, loss = grad_and_value(value_fit_loss)(params, obs, return_, forward)
-        params, opt = adam(params, critic_grad, opt, learning_rate)
-        return params, opt, loss
-
-    def policy(obs):  # at the present parameters, without noise, for evaluations
-        return forward(params, normalize(torch.as_tensor(obs, device=device), obs_stats))[0].mode().cpu().numpy()
-
-    def snapshot():
-        return {
-            "params": params, "obs_stats": obs_stats, "opt": opt, "return_stats": return_stats,
-            "generator": generator.get_state(),
-        }  # fmt: skip
-
-    pure = (act, distribution, critic, gradient, product, evaluate, fit)
-    act, distribution, values, gradient, product, evaluate, fit = (compile_function(f, device, args.compile) for f in pure)
-
-    run = Run(args, "trpo", envs, lambda: make_envs(args.env, args.eval_episodes, threads=args.env_threads))
-    obs_stats, opt, return_stats = new_stats(envs.obs_dim), new_adam(params), new_stats()
-    state = run.restore() or snapshot()
-    restore_generator(generator, state.pop("generator"), args.seed + run.step)
-    params, obs_stats, opt, return_stats = tree_map(lambda x: x.to(device), tuple(state.values()))
-    obs = envs.reset(args.seed + run.step)  # a resumed run begins new episodes
-    carry = torch.zeros(args.num_envs, device=device)
-    batch_size = args.num_envs * args.num_steps
-
-    while run.step + batch_size <= args.total_steps:
+    while run.step < args.total_steps:
         remaining = 1 - run.step / args.total_steps if args.anneal else 1.0
         learning_rate = torch.tensor(args.learning_rate * remaining, device=device)
         noise = draw_noise(envs, args.num_steps, args.num_envs, generator=generator)
-        rollout, obs, episodes = collect(envs, obs, partial(act, params, obs_stats), noise)
-        reward = rollout.reward
-        if args.scale_rewards:
-            sums, carry = discounted_sums(reward, rollout.terminated | rollout.truncated, carry, args.gamma)
-            return_stats = update_stats(return_stats, sums.flatten())
-            reward = reward / (return_stats["var"] + 1e-8).sqrt().float()
+        rollout, obs, episodes = collect(envs, obs, policy_at(net, obs_stats), noise)
+        seen, obs_stats, return_stats, sums = as_seen(rollout, obs_stats, return_stats, sums, args)
+        rows, action = seen.obs.flatten(0, 1), seen.action.flatten(0, 1)
 
-        # The successor of row t is row t + 1, but for the last steps of truncated episodes, whose values are computed apart.
-        seen = normalize(torch.cat((rollout.obs, rollout.next_obs[-1:])), obs_stats).flatten(0, 1)
-        cut = rollout.truncated.flatten().nonzero().squeeze(-1)
-        cut_obs = normalize(rollout.next_obs.flatten(0, 1)[cut], obs_stats)
-        value = values(params, seen)
-        value, next_value = value[:batch_size], value[args.num_envs :].clone()
-        next_value[cut] = critic(params, cut_obs)
-        value, next_value = value.view_as(reward), next_value.view_as(reward)
-        advantage = gae(reward, value, next_value, rollout.terminated, rollout.truncated, args.gamma, args.gae_lambda)
+        value, next_value = values(net, seen)
+        advantage = gae(
+            seen.reward, value, next_value, seen.terminated, seen.truncated, args.gamma, args.gae_lambda
+        )
         return_ = (advantage + value).flatten()
         explained_variance = 1 - advantage.var() / (return_.var() + 1e-8)
         advantage = advantage.flatten()
         if args.normalize_advantages:
             advantage = (advantage - advantage.mean()) / (advantage.std(unbiased=False) + 1e-8)
 
-        seen, action = seen[:batch_size], rollout.action.flatten(0, 1)
-        batch = PolicyBatch(seen, action, distribution(params, seen), advantage)
-        params, metrics = trust_region_step(params, batch, gradient, product, evaluate, args, args.delta * remaining)
-        losses = []
-        for _ in range(args.critic_epochs):
-            order = torch.randperm(batch_size, generator=generator, device=device)
-            for index in order.split(args.minibatch_size):
-                params, opt, loss = fit(params, opt, seen[index], return_[index], learning_rate)
-                losses.append(loss)
-        if args.normalize_obs:
-            obs_stats = update_stats(obs_stats, rollout.obs.flatten(0, 1))
+        batch = PolicyBatch(rows, action, net.policy(rows), advantage)
+        params, log = trust_region_step(
+            params, batch, gradient, product, evaluate, args, args.delta * remaining
+        )
+        orders = [
+            torch.randperm(len(rows), generator=generator, device=device) for _ in range(args.critic_epochs)
+        ]
+        params, opt, loss = fit(params, opt, rows, return_, torch.cat(orders), learning_rate)
+        load(params)
 
-        metrics |= {"value_loss": torch.stack(losses).mean(), "explained_variance": explained_variance}
-        metrics |= {"learning_rate": learning_rate, "delta": args.delta * remaining}
-        run.report(run.step + batch_size, snapshot(), metrics, episodes, policy)
-    return run.finish(snapshot(), policy, {"params": params, "obs_stats": obs_stats})
+        log |= {"value_loss": loss, "explained_variance": explained_variance}
+        log |= {"learning_rate": learning_rate, "delta": args.delta * remaining}
+        state = State(params, opt, obs_stats, return_stats, generator)
+        run.report(run.step + len(rows), state, acting(state), log, episodes)
+    envs.close()
+    return run.finish(state, acting(state))
 
 
 if __name__ == "__main__":

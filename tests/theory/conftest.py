@@ -1,4 +1,5 @@
-"""Double precision throughout: the zoo's estimators take the type of their inputs, but for constants times booleans."""
+"""Double precision throughout: the zoo's estimators take the type of their inputs, but for constants times
+booleans."""
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
-"""What the tests of the theory share: every episode of the tiny MDP laid out as the zoo's estimators read it, random MDPs,
-quadrature for Gaussians. Expectations are sums over everything that can happen, so no tolerance but rounding is needed.
+"""What the tests of the theory share: every episode of the tiny MDP laid out as the zoo's estimators read it,
+random MDPs, quadrature for Gaussians. Expectations are sums over everything that can happen, so no tolerance
+but rounding is needed.
 """
 
 from typing import NamedTuple
@@ -33,7 +34,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return torch.nn.functional.cosine_similarity(a, b, dim=0).item()
 
 
-# --- every episode of the tiny MDP, (HORIZON, COUNT), a column each; 99 is paid where the episode is over ------------------
+# --- every episode of the tiny MDP, (HORIZON, COUNT), a column each; 99 is paid where the episode is over ---
 
 STATE, ACTION = torch.zeros(2, HORIZON, COUNT, dtype=torch.int64)
 NEXT = torch.full((HORIZON, COUNT), 2)  # 2: the end
@@ -72,7 +73,8 @@ def scores(theta: Tensor = THETA) -> Tensor:
 
 
 def mean_gradient(weight: Tensor, theta: Tensor = THETA, sampler: Tensor = THETA) -> Tensor:
-    """E[sum_t grad log pi_theta(a_t|s_t) weight_t] (4,) over episodes of the policy `sampler`; weight (HORIZON, COUNT)."""
+    """E[sum_t grad log pi_theta(a_t|s_t) weight_t] (4,) over episodes of the policy `sampler`; weight
+    (HORIZON, COUNT)."""
     return torch.einsum("n,tnp,tn->p", chances(sampler), scores(theta), weight * ALIVE)
 
 
@@ -93,8 +95,13 @@ def to_go(gamma: float, reward: Tensor = REWARD) -> Tensor:
 
 
 def values(gamma: float, theta: Tensor = THETA) -> tuple[Tensor, Tensor]:
-    """V_t(s) (HORIZON + 1, 3) and Q_t(s, a) (HORIZON, 2, 2) of the time-limited task, by Bellman's equation backwards."""
-    pi, v, q = tiny_mdp.log_policy(theta).exp(), torch.zeros(HORIZON + 1, 3, dtype=F64), torch.zeros(HORIZON, 2, 2, dtype=F64)
+    """V_t(s) (HORIZON + 1, 3) and Q_t(s, a) (HORIZON, 2, 2) of the time-limited task, by Bellman's equation
+    backwards."""
+    pi, v, q = (
+        tiny_mdp.log_policy(theta).exp(),
+        torch.zeros(HORIZON + 1, 3, dtype=F64),
+        torch.zeros(HORIZON, 2, 2, dtype=F64),
+    )
     for t in reversed(range(HORIZON)):
         q[t] = tiny_mdp.REWARD + gamma * tiny_mdp.P @ v[t + 1]
         v[t, :2] = (pi * q[t]).sum(1)
@@ -121,10 +128,12 @@ def single(i: int) -> Episodes:
 
 def score_sum(obs: Tensor, action: Tensor, weight: Tensor) -> Tensor:
     """sum_i weight_i grad log pi(a_i|s_i) (4,), by the zoo's loss."""
-    return grad(reinforce.score_loss)(THETA, obs, action, weight, lambda theta, obs: (policy(theta, obs), None))
+    return grad(reinforce.score_loss)(
+        THETA, obs, action, weight, lambda theta, obs: (policy(theta, obs), None)
+    )
 
 
-# --- random MDPs ----------------------------------------------------------------------------------------------------------
+# --- random MDPs --------------------------------------------------------------------------------------------
 
 
 class MDP(NamedTuple):
@@ -159,7 +168,8 @@ class MDP(NamedTuple):
 
 
 def random_mdps(count: int, states: int = 4, actions: int = 3, seed: int = 0) -> tuple[MDP, torch.Generator]:
-    """Tasks with Dirichlet transitions, normal rewards and gamma in [0.5, 0.95]; and the generator to go on with."""
+    """Tasks with Dirichlet transitions, normal rewards and gamma in [0.5, 0.95]; and the generator to go on
+    with."""
     g = torch.Generator().manual_seed(seed)
 
     def simplex(*shape: int) -> Tensor:
@@ -168,14 +178,17 @@ def random_mdps(count: int, states: int = 4, actions: int = 3, seed: int = 0) ->
     transition, start = simplex(count, states, actions, states), simplex(count, states)
     reward = torch.randn(count, states, actions, generator=g, dtype=F64)
     gamma = 0.5 + 0.45 * torch.rand(count, generator=g, dtype=F64)
-    return MDP(transition / transition.sum(-1, keepdim=True), reward, start / start.sum(-1, keepdim=True), gamma), g
+    return MDP(
+        transition / transition.sum(-1, keepdim=True), reward, start / start.sum(-1, keepdim=True), gamma
+    ), g
 
 
-# --- Gaussians ------------------------------------------------------------------------------------------------------------
+# --- Gaussians ----------------------------------------------------------------------------------------------
 
 
 def normal_nodes(dims: int = 1, nodes: int = 60) -> tuple[Tensor, Tensor]:
-    """Points (n, dims) and weights (n,) with sum_i w_i f(x_i) = E[f(x)], x standard normal: exact for polynomials."""
+    """Points (n, dims) and weights (n,) with sum_i w_i f(x_i) = E[f(x)], x standard normal: exact for
+    polynomials."""
     x, w = np.polynomial.hermite_e.hermegauss(nodes)
     x, w = torch.as_tensor(x, dtype=F64), torch.as_tensor(w / w.sum(), dtype=F64)
     if dims == 1:

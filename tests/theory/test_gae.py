@@ -13,7 +13,8 @@ GAMMA, LAM, T, N = 0.9, 0.7, 12, 40
 
 
 def rollout(seed=0, ends=0.3):
-    """Rewards, values, true successors' values and endings; within an episode the successor's value is the next row's."""
+    """Rewards, values, true successors' values and endings; within an episode the successor's value is the
+    next row's."""
     g = torch.Generator().manual_seed(seed)
     reward, value, cut_value = (torch.randn(T, N, generator=g, dtype=F64) for _ in range(3))
     kind = torch.rand(T, N, generator=g, dtype=F64)
@@ -31,7 +32,8 @@ def until_the_end(t, n, ended):
 
 
 def form_a(batch, lam):
-    """sum_l (gamma lambda)^l delta_{t+l} up to the episode's or the rollout's end, with the zoo's TD errors."""
+    """sum_l (gamma lambda)^l delta_{t+l} up to the episode's or the rollout's end, with the zoo's TD
+    errors."""
     delta, ended = td(*batch[:4], GAMMA), batch[3] | batch[4]
     found = torch.zeros_like(delta)
     for t in range(T):
@@ -41,10 +43,13 @@ def form_a(batch, lam):
 
 
 def form_b(batch, lam, remainder=True):
-    """The lambda-return less V, with the zoo's n-step returns; the longest return takes all the weight left."""
+    """The lambda-return less V, with the zoo's n-step returns; the longest return takes all the weight
+    left."""
     ended, found = batch[3] | batch[4], torch.zeros(T, N, dtype=F64)
     for t in range(T):
-        steps = torch.stack([n_step(*(x[t : t + k + 1] for x in batch), GAMMA)[0] for k in range(T - t)])  # A^(1), A^(2), ...
+        steps = torch.stack(
+            [n_step(*(x[t : t + k + 1] for x in batch), GAMMA)[0] for k in range(T - t)]
+        )  # A^(1), A^(2), ...
         for n in range(N):
             length = len(until_the_end(t, n, ended))
             weight = [(1 - lam) * lam**k for k in range(length)]
@@ -59,14 +64,16 @@ def form_b(batch, lam, remainder=True):
 @pytest.mark.parametrize("module", [ppo, trpo, actor_critic], ids=lambda module: module.__name__)
 @pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
 def test_19_forms_a_b_c_agree(module, lam):
-    """S3 (GAE-A)(GAE-B)(GAE-C), (55), S4 (2.14)(2.15): sum of TD errors = lambda-return less V = the zoo's recursion."""
+    """S3 (GAE-A)(GAE-B)(GAE-C), (55), S4 (2.14)(2.15): sum of TD errors = lambda-return less V = the zoo's
+    recursion."""
     batch = rollout()
     close(module.gae(*batch, GAMMA, lam), form_a(batch, lam))
     close(module.gae(*batch, GAMMA, lam), form_b(batch, lam))
 
 
 def test_19_the_infinite_sum_cut_off_is_not_form_b():
-    """S3 Definition 6.4 sums to infinity: cut where the data end, (1 - lambda) sum lambda^(n-1) R^(n) loses the rest of its
+    """S3 Definition 6.4 sums to infinity: cut where the data end, (1 - lambda) sum lambda^(n-1) R^(n) loses
+    the rest of its
     weight; the last return has to take it.
     """
     batch = rollout()
@@ -76,18 +83,23 @@ def test_19_the_infinite_sum_cut_off_is_not_form_b():
 
 
 def test_19_lambda_0_and_1():
-    """S3 Remark 6.2, Proposition 6.3, S4 (2.16)(2.17): lambda = 0 is the TD error, lambda = 1 the Monte-Carlo return less V."""
+    """S3 Remark 6.2, Proposition 6.3, S4 (2.16)(2.17): lambda = 0 is the TD error, lambda = 1 the Monte-Carlo
+    return less V."""
     reward, value, next_value, _, _ = batch = rollout()
     close(gae(*batch, GAMMA, 0.0), reward + GAMMA * next_value * ~batch[3] - value)
     close(gae(*batch, GAMMA, 1.0), n_step(*batch, GAMMA))
     terminated = torch.zeros(T, N, dtype=torch.bool)
     terminated[-1] = True  # every column one whole episode
     whole = (reward, value, torch.cat((value[1:], value[:1])), terminated, ~terminated & False)
-    close(gae(*whole, GAMMA, 1.0), reinforce.returns_to_go(reward, terminated | True, torch.zeros(N, dtype=F64), GAMMA) - value)
+    close(
+        gae(*whole, GAMMA, 1.0),
+        reinforce.returns_to_go(reward, terminated | True, torch.zeros(N, dtype=F64), GAMMA) - value,
+    )
 
 
 def test_19_lambda_return_expanded():
-    """S3 (56), Proposition 11.1: R^lambda = sum (gamma lambda)^k r_k + (1 - lambda) gamma sum (gamma lambda)^m V_{m+1}."""
+    """S3 (56), Proposition 11.1: R^lambda = sum (gamma lambda)^k r_k + (1 - lambda) gamma sum (gamma
+    lambda)^m V_{m+1}."""
     reward, value, _, _, _ = rollout()
     never = torch.zeros(T, N, dtype=torch.bool)
     next_value = torch.cat((value[1:], value[:1]))
@@ -95,7 +107,9 @@ def test_19_lambda_return_expanded():
     for t in range(T):
         decay = (GAMMA * LAM) ** torch.arange(T - t, dtype=F64)[:, None]
         expanded = (decay * reward[t:]).sum(0) + (1 - LAM) * GAMMA * (decay * next_value[t:]).sum(0)
-        expanded += LAM * GAMMA * decay[-1] * next_value[-1]  # the sum's tail, which the data stand for by one V
+        expanded += (
+            LAM * GAMMA * decay[-1] * next_value[-1]
+        )  # the sum's tail, which the data stand for by one V
         close(found[t], expanded)
 
 
@@ -116,7 +130,8 @@ def test_19_telescoped_with_the_right_exponent():
 
 
 def test_19_time_limits_bootstrap_and_terminations_do_not():
-    """S3 listing L3 treats every end as worth 0: right for a termination, wrong for a time limit, whose successor has V."""
+    """S3 listing L3 treats every end as worth 0: right for a termination, wrong for a time limit, whose
+    successor has V."""
     reward, value, next_value, terminated, truncated = batch = rollout()
     done = terminated | truncated
     listing, running = torch.zeros(T, N, dtype=F64), torch.zeros(N, dtype=F64)
@@ -125,25 +140,31 @@ def test_19_time_limits_bootstrap_and_terminations_do_not():
         listing[t] = running = delta + GAMMA * LAM * ~done[t] * running
     found = gae(*batch, GAMMA, LAM)
     assert error(listing, found) > 0.2
-    close(gae(reward, value, next_value, done, truncated & False, GAMMA, LAM), listing)  # right where there is no time limit
+    close(
+        gae(reward, value, next_value, done, truncated & False, GAMMA, LAM), listing
+    )  # right where there is no time limit
     close(found[truncated], (reward + GAMMA * next_value - value)[truncated])
 
 
 def test_19_the_value_target_is_the_lambda_return():
-    """S3 (30)-(33): A + V_old is the lambda-return; and for the V and policy that made the data its mean is Q."""
+    """S3 (30)-(33): A + V_old is the lambda-return; and for the V and policy that made the data its mean is
+    Q."""
     batch = rollout()
     close(gae(*batch, GAMMA, LAM) + batch[1], form_b(batch, LAM) + batch[1])
 
 
 def test_19_the_value_target_needs_the_raw_advantage():
-    """S3 Definition 9.13 builds R_target from the normalised advantage: that target is wrong, the zoo's loss keeps the raw one
-    whether advantages are normalised or not. Nor does normalising 'only scale' (Remark 9.8): it subtracts the mean.
+    """S3 Definition 9.13 builds R_target from the normalised advantage: that target is wrong, the zoo's loss
+    keeps the raw one whether advantages are normalised or not. Nor does normalising 'only scale' (Remark
+    9.8): it subtracts the mean.
     """
     g = torch.Generator().manual_seed(3)
     logits, value = torch.randn(64, 3, generator=g, dtype=F64), torch.randn(64, generator=g, dtype=F64)
     advantage = 5 + 3 * torch.randn(64, generator=g, dtype=F64)
     action = torch.randint(3, (64,), generator=g)
-    batch = ppo.Batch(None, action, ppo.Categorical(logits).log_prob(action), value, advantage, advantage + value)
+    batch = ppo.Batch(
+        None, action, ppo.Categorical(logits).log_prob(action), value, advantage, advantage + value
+    )
 
     def losses(normalize):
         args = SimpleNamespace(normalize_advantages=normalize, surrogate="clip", clip=0.2, value_clip=None)

@@ -17,21 +17,25 @@ NEW = torch.tensor([-0.6, 0.4, 1.0, -0.2], dtype=F64)  # is to be improved
 
 
 def target_gradient(theta=NEW):
-    """grad J at another policy (4,), by differentiating the sum over all episodes (gamma = 1, as S4 has it)."""
+    """grad J at another policy (4,), by differentiating the sum over all episodes (gamma = 1, as S4 has
+    it)."""
     totals = torch.tensor([tiny_mdp.total(t, 1.0) for t in exact.ALL], dtype=F64)
     return grad(lambda x: tiny_mdp.probabilities(x, exact.ALL) @ totals)(theta)
 
 
-# --- 21 -------------------------------------------------------------------------------------------------------------------
+# --- 21 -----------------------------------------------------------------------------------------------------
 
 
 def test_21_importance_sampling_is_unbiased_with_that_variance():
-    """S3 Theorem 7.1, (12), Proposition 7.8: E_q[(p/q) f] = E_p[f], Var = E_q[(p/q)^2 f^2] - E_p[f]^2, which grows with p/q."""
+    """S3 Theorem 7.1, (12), Proposition 7.8: E_q[(p/q) f] = E_p[f], Var = E_q[(p/q)^2 f^2] - E_p[f]^2, which
+    grows with p/q."""
     f, every = torch.tensor([1.0, -2.0, 5.0, 0.5], dtype=F64), torch.arange(4)
     q = Categorical(torch.tensor([[2.0, 0.0, -1.0, 0.5]], dtype=F64).expand(4, -1)).log_prob(every)
     variances = []
     for distance in (0.0, 1.0, 2.0):
-        logits = torch.tensor([[2.0, 0.0, -1.0, 0.5]], dtype=F64) + distance * torch.tensor([-1.0, 0.0, 1.0, 0.0])
+        logits = torch.tensor([[2.0, 0.0, -1.0, 0.5]], dtype=F64) + distance * torch.tensor(
+            [-1.0, 0.0, 1.0, 0.0]
+        )
         p = Categorical(logits.expand(4, -1)).log_prob(every)
         weighted = (p - q).exp() * f
         mean = q.exp() @ weighted
@@ -51,7 +55,8 @@ def test_21_support_is_needed():
 
 
 def test_21_weights_of_long_trajectories():
-    """S3 Example 7.9: ratios in [.9, 1.1] multiply to [2.7e-5, 1.4e4] over 100 steps; E[w] stays 1 while E[w^2] grows
+    """S3 Example 7.9: ratios in [.9, 1.1] multiply to [2.7e-5, 1.4e4] over 100 steps; E[w] stays 1 while
+    E[w^2] grows
     exponentially, which is the share of samples that counts, by the zoo's effective sample size.
     """
     assert 2.6e-5 < 0.9**100 < 2.7e-5 and 1.37e4 < 1.1**100 < 1.38e4
@@ -66,7 +71,8 @@ def test_21_weights_of_long_trajectories():
 
 
 def test_21_gradient_of_the_ratio():
-    """S3 Remark 7.7: grad (ratio A) = ratio grad log pi A = grad pi / pi_old A, for the zoo's unclipped loss."""
+    """S3 Remark 7.7: grad (ratio A) = ratio grad log pi A = grad pi / pi_old A, for the zoo's unclipped
+    loss."""
     g = torch.Generator().manual_seed(0)
     logits, advantage = torch.randn(32, 3, generator=g, dtype=F64), torch.randn(32, generator=g, dtype=F64)
     action, old = torch.randint(3, (32,), generator=g), torch.randn(32, 3, generator=g, dtype=F64)
@@ -84,16 +90,18 @@ def test_21_gradient_of_the_ratio():
     close(-grad(loss)(logits), torch.einsum("b,bij->ij", advantage / old_log_prob.exp(), pi) / 32)
 
 
-# --- 22 -------------------------------------------------------------------------------------------------------------------
+# --- 22 -----------------------------------------------------------------------------------------------------
 
 
 def weights():
-    """w_t = pi_new / pi_old of every step (HORIZON, COUNT), 1 where the episode is over, by the zoo's log-probabilities."""
+    """w_t = pi_new / pi_old of every step (HORIZON, COUNT), 1 where the episode is over, by the zoo's
+    log-probabilities."""
     return (exact.log_probs(NEW) - exact.log_probs(OLD)).exp()
 
 
 def off_policy(inner_from, inner=True, outer=True):
-    """E_old[sum_t1 score_t1 (prod_{t <= t1} w) sum_{t3 >= t1} r_t3 prod_{t1 + inner_from <= t <= t3} w] (4,)."""
+    """E_old[sum_t1 score_t1 (prod_{t <= t1} w) sum_{t3 >= t1} r_t3 prod_{t1 + inner_from <= t <= t3} w]
+    (4,)."""
     w, reward = weights(), exact.REWARD * exact.ALIVE
     psi = torch.zeros_like(reward)
     for t1 in range(exact.HORIZON):
@@ -107,33 +115,46 @@ def off_policy(inner_from, inner=True, outer=True):
 def test_22_the_whole_product_is_exact():
     """S4 (2.7)-(2.9): sum_t score_t R(tau) prod_t w_t under the old policy is grad J of the new one."""
     total = (exact.REWARD * exact.ALIVE).sum(0)
-    close(exact.mean_gradient((weights().prod(0) * total).expand(exact.HORIZON, -1), NEW, OLD), target_gradient())
+    close(
+        exact.mean_gradient((weights().prod(0) * total).expand(exact.HORIZON, -1), NEW, OLD),
+        target_gradient(),
+    )
     assert error(exact.mean_gradient(total.expand(exact.HORIZON, -1), NEW, OLD), target_gradient()) > 0.3
 
 
 def test_22_causality_of_rewards_and_weights():
-    """S4 (A.3), the right form of (2.10): the inner product of weights starts after t1, and then it is exact."""
+    """S4 (A.3), the right form of (2.10): the inner product of weights starts after t1, and then it is
+    exact."""
     close(off_policy(inner_from=1), target_gradient())
 
 
 def test_22_the_printed_product_counts_a_weight_twice():
-    """S4 (2.10) and the head of A.1.2 start the inner product at t1, so that w_t1 is counted twice: biased."""
-    assert error(off_policy(inner_from=0), target_gradient()) == pytest.approx(0.997, abs=0.001)  # of the gradient's length
+    """S4 (2.10) and the head of A.1.2 start the inner product at t1, so that w_t1 is counted twice:
+    biased."""
+    assert error(off_policy(inner_from=0), target_gradient()) == pytest.approx(
+        0.997, abs=0.001
+    )  # of the gradient's length
 
 
 def test_22_weights_after_the_action_cannot_be_dropped():
-    """S4 (2.11), (A.5) = (A.6): without the weights of the rewards' own path the estimate is biased, the two sides differ."""
+    """S4 (2.11), (A.5) = (A.6): without the weights of the rewards' own path the estimate is biased, the two
+    sides differ."""
     assert error(off_policy(1, inner=False), target_gradient()) == pytest.approx(0.253, abs=0.001)
 
 
 def test_22_one_step_weights_are_biased():
-    """S4 (2.13) with sampled returns, called the first-order form: biased further, and not in length alone."""
+    """S4 (2.13) with sampled returns, called the first-order form: biased further, and not in length
+    alone."""
     found = off_policy(1, inner=False, outer=False)
-    assert error(found, target_gradient()) == pytest.approx(0.523, abs=0.001) and cosine(found, target_gradient()) < 0.999
+    assert (
+        error(found, target_gradient()) == pytest.approx(0.523, abs=0.001)
+        and cosine(found, target_gradient()) < 0.999
+    )
 
 
 def visited_loss(theta, advantage):
-    """The zoo's importance-weighted loss on everything that the old policy can do, each step by its probability."""
+    """The zoo's importance-weighted loss on everything that the old policy can do, each step by its
+    probability."""
     rows = exact.ALIVE.T.flatten()  # an episode after the other
     chance = exact.chances(OLD)[:, None].expand(-1, exact.HORIZON).flatten()[rows]
     state, action, psi = (x.T.flatten()[rows] for x in (exact.STATE, exact.ACTION, advantage))
@@ -150,7 +171,8 @@ def visited_loss(theta, advantage):
 
 
 def test_22_the_old_policys_states_and_advantages_bias():
-    """S3 Theorem 7.3 and (16), S0 (74)(75), called unbiased there: the zoo's loss with w_t alone, exact at the old policy,
+    """S3 Theorem 7.3 and (16), S0 (74)(75), called unbiased there: the zoo's loss with w_t alone, exact at
+    the old policy,
     is biased away from it, even with the exact advantage of either policy; the error falls with the distance.
     """
     for advantage_of in (OLD, "new"):

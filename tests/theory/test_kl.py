@@ -1,4 +1,5 @@
-"""The KL divergence: its estimators as values, as losses, in the reward, off-policy; its exact gradients: items 27 to 31."""
+"""The KL divergence: its estimators as values, as losses, in the reward, off-policy; its exact gradients:
+items 27 to 31."""
 
 import itertools
 
@@ -9,7 +10,7 @@ from exact import F64, close, error
 from torch.func import grad, jacrev
 
 from zoo import ppo, trpo
-from zoo.kl import (
+from zoo.common.kl import (
     ESTIMATORS,
     categorical_kl,
     categorical_kl_gradient,
@@ -51,7 +52,7 @@ def test_the_two_directions_differ():
     assert error(REVERSE, FORWARD) > 0.2 and min(REVERSE.norm(), FORWARD.norm()) > 0.1
 
 
-# --- 27: values -----------------------------------------------------------------------------------------------------------
+# --- 27: values ---------------------------------------------------------------------------------------------
 
 
 def test_27_values_of_a_categorical():
@@ -65,7 +66,8 @@ def test_27_values_of_a_categorical():
 
 
 def test_27_the_other_direction():
-    """S4 (2.3): r log r and r log r - (r - 1), on samples of q, have mean KL(p || q); the second is never negative."""
+    """S4 (2.3): r log r and r log r - (r - 1), on samples of q, have mean KL(p || q); the second is never
+    negative."""
     q, log_ratio = log_prob(PI).exp(), log_prob(REF) - log_prob(PI)
     plain, shifted = off_policy(k1(-log_ratio), log_ratio), off_policy(k3(-log_ratio), log_ratio)
     close(plain, log_ratio.exp() * log_ratio)
@@ -76,15 +78,21 @@ def test_27_the_other_direction():
 
 
 @pytest.mark.parametrize(
-    ("shift", "ratios", "k2_bias"), [(0.1, (20, 1.42, 1.42), 0.0025), (1.0, (2, 1.73, 1.70), 0.25)], ids=["0.1", "1"]
+    ("shift", "ratios", "k2_bias"),
+    [(0.1, (20, 1.42, 1.42), 0.0025), (1.0, (2, 1.73, 1.70), 0.25)],
+    ids=["0.1", "1"],
 )
 def test_27_schulmans_experiment(shift, ratios, k2_bias):
-    """S4 2.1.3, Figure 2.1 (Schulman: q = N(0, 1), p = N(0.1, 1) and N(1, 1), where the notes show one case, the wrong way
+    """S4 2.1.3, Figure 2.1 (Schulman: q = N(0, 1), p = N(0.1, 1) and N(1, 1), where the notes show one case,
+    the wrong way
     round): std / KL of k1, k2, k3, and the bias of k2, by quadrature.
     """
     x, w = exact.normal_nodes(1, 100)
     one = torch.zeros(1, dtype=F64)
-    q, p = ppo.Gaussian(torch.zeros(1, 1, dtype=F64), one), ppo.Gaussian(torch.full((1, 1), shift, dtype=F64), one)
+    q, p = (
+        ppo.Gaussian(torch.zeros(1, 1, dtype=F64), one),
+        ppo.Gaussian(torch.full((1, 1), shift, dtype=F64), one),
+    )
     log_ratio, true = p.log_prob(x) - q.log_prob(x), shift**2 / 2
     assert gaussian_kl(q.mean, one, p.mean, one).item() == pytest.approx(true)
     for estimator, ratio, bias in zip((k1, k2, k3), ratios, (0, k2_bias, 0), strict=True):
@@ -95,7 +103,8 @@ def test_27_schulmans_experiment(shift, ratios, k2_bias):
 
 
 def test_27_the_agents_own_k3():
-    """zoo/ppo.py writes k3 out in its penalty and in approx_kl: the same function, with PPO's direction KL(old || new)."""
+    """zoo/ppo.py writes k3 out in its penalty and in approx_kl: the same function, with PPO's direction
+    KL(old || new)."""
     log_ratio = torch.linspace(-2, 2, 41, dtype=F64)
     zeros, one = torch.zeros_like(log_ratio), torch.tensor(1.0, dtype=F64)
     for kind in ("kl", "adaptive-kl"):
@@ -103,22 +112,33 @@ def test_27_the_agents_own_k3():
     old = ppo.Categorical(OLD.expand(4, -1))
 
     class Args:
-        normalize_advantages, surrogate, clip, value_clip, value_coef, entropy_coef = False, "clip", 0.2, None, 0.0, 0.0
+        normalize_advantages, surrogate, clip, value_clip, value_coef, entropy_coef = (
+            False,
+            "clip",
+            0.2,
+            None,
+            0.0,
+            0.0,
+        )
 
     batch = ppo.Batch(None, EVERY, old.log_prob(EVERY), *torch.zeros(3, 4, dtype=F64))
-    forward = lambda x, _: (ppo.Categorical(x.expand(4, -1)), torch.zeros(4, dtype=F64))  # noqa: E731
+    forward = lambda x, _: (ppo.Categorical(x.expand(4, -1)), torch.zeros(4, dtype=F64))
     found = ppo.ppo_loss(PI, batch, one, forward, Args)[1]["approx_kl"]
     close(found, k3(log_prob(PI) - log_prob(OLD)).mean())
     close(log_prob(OLD).exp() @ k3(log_prob(PI) - log_prob(OLD)), categorical_kl(OLD, PI))
 
 
 def test_27_ppos_penalty_is_unbiased_in_value_and_gradient():
-    """S4 2.1.4, 2.4.2: on samples of the old policy k3 has the value and the gradient of KL(old || new); so has k1."""
+    """S4 2.1.4, 2.4.2: on samples of the old policy k3 has the value and the gradient of KL(old || new); so
+    has k1."""
     for k in (k1, k3):
-        close(loss_gradient(lambda new, k=k: k(new - log_prob(OLD)), sampler=OLD), grad(lambda x: categorical_kl(OLD, x))(PI))
+        close(
+            loss_gradient(lambda new, k=k: k(new - log_prob(OLD)), sampler=OLD),
+            grad(lambda x: categorical_kl(OLD, x))(PI),
+        )
 
 
-# --- 28: as a loss --------------------------------------------------------------------------------------------------------
+# --- 28: as a loss ------------------------------------------------------------------------------------------
 
 
 def as_loss(k, ref=REF):
@@ -126,14 +146,18 @@ def as_loss(k, ref=REF):
 
 
 def test_28_k1_as_a_loss_is_noise():
-    """S0 (10)(11) says k1 as a loss lowers every probability and collapses the model: its expected gradient is 0."""
+    """S0 (10)(11) says k1 as a loss lowers every probability and collapses the model: its expected gradient
+    is 0."""
     close(as_loss(k1), torch.zeros(4, dtype=F64))
     assert torch.einsum("i,ij->ij", log_prob(PI).exp(), jacrev(log_prob)(PI)).norm() > 0.1  # noise there is
     x, w = exact.normal_nodes(1, 40)
     action = x * 0.7 + 0.3
 
     def loss(mean, log_std):
-        return w @ k1(ppo.Gaussian(action * 0, mean * 0 + 0.2).log_prob(action) - ppo.Gaussian(mean, log_std).log_prob(action))
+        return w @ k1(
+            ppo.Gaussian(action * 0, mean * 0 + 0.2).log_prob(action)
+            - ppo.Gaussian(mean, log_std).log_prob(action)
+        )
 
     point = torch.tensor([0.3], dtype=F64), torch.tensor([0.7], dtype=F64).log()
     for gradient in grad(loss, argnums=(0, 1))(*point):
@@ -146,7 +170,8 @@ def test_28_k2_as_a_loss_is_the_reverse_kl():
 
 
 def test_28_k3_as_a_loss_is_the_forward_kl():
-    """S0 (12)-(15) calls k3 a first-order approximation of k2: its gradient is exactly that of the other direction."""
+    """S0 (12)-(15) calls k3 a first-order approximation of k2: its gradient is exactly that of the other
+    direction."""
     close(as_loss(k3), FORWARD)
     assert error(as_loss(k3), REVERSE) > 0.2
     # S0 3.2's remark holds: near the reference the two agree to first order, and part as the distance grows
@@ -158,14 +183,18 @@ def test_28_k3_as_a_loss_is_the_forward_kl():
 
 
 def test_28_k2_and_k3_as_losses_of_a_gaussian():
-    """S0 (14)(15) in the continuous case: k2 gives the reverse KL's gradient, k3 the forward one's, by quadrature."""
+    """S0 (14)(15) in the continuous case: k2 gives the reverse KL's gradient, k3 the forward one's, by
+    quadrature."""
     x, w = exact.normal_nodes(1, 120)
     ref_mean, ref_log_std = torch.tensor([0.1], dtype=F64), torch.tensor([0.9], dtype=F64).log()
     point = torch.tensor([0.4], dtype=F64), torch.tensor([0.8], dtype=F64).log()
     action = point[0] + point[1].exp() * x
 
     def loss(mean, log_std, k):
-        return w @ k(ppo.Gaussian(ref_mean, ref_log_std).log_prob(action) - ppo.Gaussian(mean, log_std).log_prob(action))
+        return w @ k(
+            ppo.Gaussian(ref_mean, ref_log_std).log_prob(action)
+            - ppo.Gaussian(mean, log_std).log_prob(action)
+        )
 
     found2, found3 = (grad(loss, argnums=(0, 1))(*point, k) for k in (k2, k3))
     for found, true in zip(found2, gaussian_kl_gradient(*point, ref_mean, ref_log_std), strict=True):
@@ -177,7 +206,8 @@ def test_28_k2_and_k3_as_losses_of_a_gaussian():
 
 
 def test_28_the_equality_of_losses_is_one_of_gradients():
-    """S0 (48) writes E[log pi SG(log pi / ref)] = E[(log pi / ref)^2 / 2]: the values differ; the gradients agree while the
+    """S0 (48) writes E[log pi SG(log pi / ref)] = E[(log pi / ref)^2 / 2]: the values differ; the gradients
+    agree while the
     sampling distribution is held fixed, and not when it moves along.
     """
     chance, log_ratio = log_prob(PI).exp(), log_prob(REF) - log_prob(PI)
@@ -190,12 +220,15 @@ def test_28_the_equality_of_losses_is_one_of_gradients():
 
 @pytest.mark.parametrize("detach", [True, False], ids=["detached", "attached"])
 def test_28_off_policy_with_a_weight(detach):
-    """arXiv:2510.01555 on samples of an old policy, w = pi / old. w differentiated: k1 and k3 have the gradient of
+    """arXiv:2510.01555 on samples of an old policy, w = pi / old. w differentiated: k1 and k3 have the
+    gradient of
     KL(pi || ref), k2 that of its own mean. w detached: k2 has it, k1 has 0, k3 the forward KL's, far off.
     """
 
     def gradient(k):
-        return loss_gradient(lambda new: off_policy(k(log_prob(REF) - new), new - log_prob(OLD), detach), sampler=OLD)
+        return loss_gradient(
+            lambda new: off_policy(k(log_prob(REF) - new), new - log_prob(OLD), detach), sampler=OLD
+        )
 
     own = grad(lambda x: log_prob(x).exp() @ k2(log_prob(REF) - log_prob(x)))(PI)
     expected = (torch.zeros(4, dtype=F64), REVERSE, FORWARD) if detach else (REVERSE, own, REVERSE)
@@ -204,13 +237,15 @@ def test_28_off_policy_with_a_weight(detach):
     wrong = k3 if detach else k2
     assert error(gradient(wrong), REVERSE) > 0.1
     close(
-        log_prob(OLD).exp() @ off_policy(k3(log_prob(REF) - log_prob(PI)), log_prob(PI) - log_prob(OLD), detach),
+        log_prob(OLD).exp()
+        @ off_policy(k3(log_prob(REF) - log_prob(PI)), log_prob(PI) - log_prob(OLD), detach),
         categorical_kl(PI, REF),
     )
 
 
 def test_28_off_policy_without_a_weight():
-    """S4 A.3.2 takes the mean of k3 over samples of the old policy for KL(pi || ref): biased, in value and in gradient; and k1
+    """S4 A.3.2 takes the mean of k3 over samples of the old policy for KL(pi || ref): biased, in value and in
+    gradient; and k1
     there is pushed away from the old policy, whatever the reference is.
     """
     old = log_prob(OLD).exp()
@@ -222,7 +257,7 @@ def test_28_off_policy_without_a_weight():
     close(found, -grad(lambda x: categorical_kl(OLD, x))(PI))
 
 
-# --- 29: inside the reward ------------------------------------------------------------------------------------------------
+# --- 29: inside the reward ----------------------------------------------------------------------------------
 
 
 def penalty(k, pi=PI, ref=REF):
@@ -239,19 +274,23 @@ def test_29_k1_in_the_reward():
 
 
 def test_29_k2_and_k3_in_the_reward():
-    """S0 (9) says positive penalties lower every action's probability: a constant in the reward has no gradient, and some
+    """S0 (9) says positive penalties lower every action's probability: a constant in the reward has no
+    gradient, and some
     probabilities rise. k3 gives grad KL(pi || ref) - grad KL(ref || pi).
     """
     close(penalty(lambda log_ratio: torch.ones_like(log_ratio)), torch.zeros(4, dtype=F64))
     close(penalty(k3), REVERSE - FORWARD)
     for k in (k2, k3):
-        change = jacrev(lambda x: log_prob(x).exp())(PI) @ -penalty(k)  # d pi for a small step against the penalty
+        change = jacrev(lambda x: log_prob(x).exp())(PI) @ -penalty(
+            k
+        )  # d pi for a small step against the penalty
         assert (change > 0.01 * change.abs().max()).any() and (change < 0).any()
         assert error(penalty(k), REVERSE) > 0.3
 
 
 def test_29_k2_and_k3_in_the_reward_vanish_near_the_reference():
-    """S0 2.5, 3.1, rightly told: k2 and k3 do not serve there because their gradient is of second order, and so dies out
+    """S0 2.5, 3.1, rightly told: k2 and k3 do not serve there because their gradient is of second order, and
+    so dies out
     against the true one as the policy nears the reference.
     """
     for k in (k2, k3):
@@ -280,7 +319,8 @@ def sequence_log_probs(theta):
 
 
 def test_29_over_a_sequence():
-    """S0 3.2, (48) takes k2 as a loss for k1 in the reward, token by token: over a sequence both then miss how a token changes
+    """S0 3.2, (48) takes k2 as a loss for k1 in the reward, token by token: over a sequence both then miss
+    how a token changes
     the KL of those after it. k1 with return-to-go, and k2 of the whole sequence's log-ratio, are exact.
     """
     g = torch.Generator().manual_seed(4)
@@ -288,7 +328,9 @@ def test_29_over_a_sequence():
     old, reference = sequence_log_probs(theta), sequence_log_probs(ref)
     chance = old.sum(0).exp()
     # KL of the sequences, by definition
-    true = grad(lambda x: sequence_log_probs(x).sum(0).exp() @ k1(reference - sequence_log_probs(x)).sum(0))(theta)
+    true = grad(lambda x: sequence_log_probs(x).sum(0).exp() @ k1(reference - sequence_log_probs(x)).sum(0))(
+        theta
+    )
 
     def gradient(loss):
         return grad(lambda x: chance @ loss(sequence_log_probs(x)))(theta)
@@ -303,11 +345,12 @@ def test_29_over_a_sequence():
     assert error(immediate, true) > 0.4
 
 
-# --- 30, 31: exact gradients ----------------------------------------------------------------------------------------------
+# --- 30, 31: exact gradients --------------------------------------------------------------------------------
 
 
 def test_30_the_gradient_of_a_discrete_kl():
-    """S0 (36)-(47): grad KL = E_pi[grad log pi log pi / ref]; the other term of the product rule sums to 0 (44)."""
+    """S0 (36)-(47): grad KL = E_pi[grad log pi log pi / ref]; the other term of the product rule sums to 0
+    (44)."""
     score, chance = jacrev(log_prob)(PI), log_prob(PI).exp()
     log_ratio = log_prob(PI) - log_prob(REF)
     close(REVERSE, torch.einsum("i,i,ij->j", chance, log_ratio, score))
@@ -321,10 +364,15 @@ def test_30_the_gradient_of_a_discrete_kl():
 
 
 def test_31_the_kl_of_gaussians():
-    """S0 (49)-(59): the closed form against E_p[log p - log q] by quadrature, with the zoo's densities; and its parts."""
+    """S0 (49)-(59): the closed form against E_p[log p - log q] by quadrature, with the zoo's densities; and
+    its parts."""
     x, w = exact.normal_nodes(2, 12)
     mean, ref_mean = torch.tensor([0.4, -1.0], dtype=F64), torch.tensor([-0.2, 0.5], dtype=F64)
-    for log_std, ref_log_std in (([-0.5, -0.5], [0.3, 0.3]), ([-0.5, 0.2], [0.3, -0.4]), ([0.1, 0.1], [0.1, 0.1])):
+    for log_std, ref_log_std in (
+        ([-0.5, -0.5], [0.3, 0.3]),
+        ([-0.5, 0.2], [0.3, -0.4]),
+        ([0.1, 0.1], [0.1, 0.1]),
+    ):
         p = ppo.Gaussian(mean[None], torch.tensor(log_std, dtype=F64))
         q = ppo.Gaussian(ref_mean[None], torch.tensor(ref_log_std, dtype=F64))
         action = p.sample(x)
@@ -341,7 +389,8 @@ def test_31_the_kl_of_gaussians():
 
 
 def test_31_its_gradient():
-    """S0 (60)-(64): d KL / d mean = (mean - ref_mean) / ref_std^2; and in the log-std, which the notes hold fixed."""
+    """S0 (60)-(64): d KL / d mean = (mean - ref_mean) / ref_std^2; and in the log-std, which the notes hold
+    fixed."""
     g = torch.Generator().manual_seed(2)
     point = tuple(torch.randn(4, 50, 3, generator=g, dtype=F64))
     by_mean, by_log_std = grad(lambda *x: gaussian_kl(*x).sum(), argnums=(0, 1))(*point)

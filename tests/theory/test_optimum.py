@@ -4,7 +4,7 @@ import torch
 from exact import F64, close
 from torch.func import grad
 
-from zoo.kl import categorical_kl, in_reward, k1
+from zoo.common.kl import categorical_kl, in_reward, k1
 from zoo.ppo import Categorical
 
 REF = torch.tensor([0.3, -0.8, 1.1, 0.0, -2.0], dtype=F64)
@@ -33,7 +33,9 @@ def test_32_the_optimum_and_its_value():
         best, log_z = solution(beta)
         close(objective(best, beta), beta * log_z)
         close(grad(objective)(best, beta), torch.zeros(5, dtype=F64))
-        others = torch.cat((best + 0.1 * torch.randn(200, 5, generator=g), 3 * torch.randn(200, 5, generator=g)))
+        others = torch.cat(
+            (best + 0.1 * torch.randn(200, 5, generator=g), 3 * torch.randn(200, 5, generator=g))
+        )
         assert max(objective(other, beta) for other in others) < beta * log_z
     assert objective(best, 1.0) < solution(1.0)[1] - 0.1  # another beta's optimum
 
@@ -54,7 +56,8 @@ def test_32_the_reward_is_the_log_ratio():
 
 
 def test_32_policy_gradients_find_it():
-    """S0 (7)(65): gradient ascent on r - beta k1, with exact expectations, ends at pi*; on the bare reward it does not."""
+    """S0 (7)(65): gradient ascent on r - beta k1, with exact expectations, ends at pi*; on the bare reward it
+    does not."""
     beta, reached = 1.0, []
     log_z = solution(beta)[1]
     for penalty in (beta, 0.0):

@@ -8,7 +8,11 @@ PAGE = (HERE.parents[1] / "zoo" / "THEORY.md").read_text()
 
 
 def test_the_page_lists_every_test_and_no_other():
-    tests = {name for file in HERE.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)}
+    tests = {
+        name
+        for file in HERE.glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)
+    }
     tests -= {"test_the_page_lists_every_test_and_no_other", "test_every_item_has_a_verdict"}
     named = set(re.findall(r"`(test_\w+)`", PAGE))
     assert not tests - named and not named - tests, (tests - named, named - tests)

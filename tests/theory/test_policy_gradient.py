@@ -1,4 +1,5 @@
-"""The policy gradient, its baselines and its table of Psi_t, with expectations by enumeration: items 13 to 18 and 20."""
+"""The policy gradient, its baselines and its table of Psi_t, with expectations by enumeration: items 13 to 18
+and 20."""
 
 import itertools
 
@@ -6,7 +7,19 @@ import exact
 import pytest
 import tiny_mdp
 import torch
-from exact import F64, THETA, at_steps, at_successors, close, cosine, error, mean_gradient, spread, to_go, values
+from exact import (
+    F64,
+    THETA,
+    at_steps,
+    at_successors,
+    close,
+    cosine,
+    error,
+    mean_gradient,
+    spread,
+    to_go,
+    values,
+)
 from torch.func import grad, hessian, jacrev
 
 from zoo import reinforce
@@ -30,7 +43,7 @@ def expected(gamma, **fields):
     return sum(c * estimate(i, gamma, **fields) for i, c in enumerate(exact.chances()))
 
 
-# --- 13: the score, causality ---------------------------------------------------------------------------------------------
+# --- 13: the score, causality -------------------------------------------------------------------------------
 
 
 def test_13_score_identity_of_a_categorical():
@@ -48,11 +61,14 @@ def test_13_score_identity_of_a_categorical():
 
 
 def test_13_score_identity_of_a_gaussian():
-    """S3 Lemma 3.2, proof of 3.4: E[grad log pi] = 0 in mean and log-std, by quadrature that is exact for polynomials."""
+    """S3 Lemma 3.2, proof of 3.4: E[grad log pi] = 0 in mean and log-std, by quadrature that is exact for
+    polynomials."""
     mean, log_std = torch.tensor([0.4, -1.0], dtype=F64), torch.tensor([-0.5, 0.3], dtype=F64)
     x, w = exact.normal_nodes(2, 10)
     action = reinforce.Gaussian(mean, log_std).sample(x)
-    for score in jacrev(lambda m, s: reinforce.Gaussian(m, s).log_prob(action), argnums=(0, 1))(mean, log_std):
+    for score in jacrev(lambda m, s: reinforce.Gaussian(m, s).log_prob(action), argnums=(0, 1))(
+        mean, log_std
+    ):
         close(w @ score, torch.zeros(2, dtype=F64), atol=1e-10)
         assert w @ score.norm(dim=1) > 0.5
 
@@ -75,7 +91,8 @@ def test_13_causality():
 
 
 def test_13_reward_to_go_is_the_gradient():
-    """S3 Theorem 3.5 as its proof has it: E[sum_t gamma^t grad log pi R_t] = grad J; S4 (2.6) is the case gamma = 1."""
+    """S3 Theorem 3.5 as its proof has it: E[sum_t gamma^t grad log pi R_t] = grad J; S4 (2.6) is the case
+    gamma = 1."""
     close(expected(0.7, returns="to-go", discount_weight=True, baseline="none"), tiny_mdp.exact_gradient(0.7))
     close(expected(1.0, returns="to-go", baseline="none"), tiny_mdp.exact_gradient(1.0))
     # S3 (3)(4): the finite sum of one episode
@@ -92,11 +109,12 @@ def test_13_causality_does_not_always_halve_the_variance():
     assert spread((reward * exact.ALIVE).sum(0).expand(3, -1)) < 1e-12 < 0.1 < spread(to_go(1.0, reward))
 
 
-# --- 14: the factor gamma^t -----------------------------------------------------------------------------------------------
+# --- 14: the factor gamma^t ---------------------------------------------------------------------------------
 
 
 def test_14_without_gamma_t_the_direction_changes():
-    """S3 (2) and its remark that gamma^t does not change the direction: it does (cosine below 1), with it the form is exact."""
+    """S3 (2) and its remark that gamma^t does not change the direction: it does (cosine below 1), with it the
+    form is exact."""
     gradient = tiny_mdp.exact_gradient(0.7)
     close(mean_gradient(DISCOUNT * to_go(0.7)), gradient)
     dropped = mean_gradient(to_go(0.7))
@@ -105,12 +123,15 @@ def test_14_without_gamma_t_the_direction_changes():
 
 
 def test_14_without_gamma_t_it_is_no_gradient_at_all():
-    """S3 (2), Nota & Thomas 2020: the field E[sum_t grad log pi R_t] has an asymmetric Jacobian, so no function has it as
+    """S3 (2), Nota & Thomas 2020: the field E[sum_t grad log pi R_t] has an asymmetric Jacobian, so no
+    function has it as
     its gradient; with gamma^t the Jacobian is a Hessian.
     """
 
     def field(theta, weight):
-        return torch.einsum("n,tnp,tn->p", exact.chances(theta), jacrev(exact.log_probs)(theta), weight * exact.ALIVE)
+        return torch.einsum(
+            "n,tnp,tn->p", exact.chances(theta), jacrev(exact.log_probs)(theta), weight * exact.ALIVE
+        )
 
     for weight, symmetric in ((DISCOUNT * to_go(0.7), True), (to_go(0.7), False)):
         jacobian = jacrev(field)(THETA, weight)
@@ -118,12 +139,13 @@ def test_14_without_gamma_t_it_is_no_gradient_at_all():
         assert asymmetry < 1e-12 if symmetric else asymmetry > 0.01
 
 
-# --- 15: baselines --------------------------------------------------------------------------------------------------------
+# --- 15: baselines ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("b", [[0.0, 0.0], [4.0, -3.0], [-100.0, 7.0]])
 def test_15_a_baseline_of_the_state_changes_no_expectation(b):
-    """S3 Theorem 4.1, Corollary 4.2: E[grad log pi b(s)] = 0, so R - b(s) estimates the same gradient for every b."""
+    """S3 Theorem 4.1, Corollary 4.2: E[grad log pi b(s)] = 0, so R - b(s) estimates the same gradient for
+    every b."""
     b = torch.tensor(b, dtype=F64)
     close(mean_gradient(b[exact.STATE]), torch.zeros(4, dtype=F64), atol=1e-9)
     found = expected(0.7, value=b, returns="to-go", discount_weight=True, baseline="value")
@@ -132,14 +154,19 @@ def test_15_a_baseline_of_the_state_changes_no_expectation(b):
 
 def test_15_a_baseline_of_the_action_does():
     """S3 Theorem 4.1's condition is needed: b(s, a) biases."""
-    assert mean_gradient(torch.tensor([[4.0, 1.0], [-3.0, 0.0]], dtype=F64)[exact.STATE, exact.ACTION]).norm() > 0.5
+    assert (
+        mean_gradient(torch.tensor([[4.0, 1.0], [-3.0, 0.0]], dtype=F64)[exact.STATE, exact.ACTION]).norm()
+        > 0.5
+    )
 
 
 def test_15_variance_of_the_estimate():
-    """S3 Proposition 4.3: Var g = E[g^2] - E[g]^2 with E[g] free of b, so the variances of two baselines differ by E[g^2]."""
+    """S3 Proposition 4.3: Var g = E[g^2] - E[g]^2 with E[g] free of b, so the variances of two baselines
+    differ by E[g^2]."""
     one, two = to_go(0.7) - 4.0, to_go(0.7)
     squares = [
-        (exact.chances() @ torch.einsum("tnp,tn->np", exact.scores(), w * exact.ALIVE) ** 2).sum().item() for w in (one, two)
+        (exact.chances() @ torch.einsum("tnp,tn->np", exact.scores(), w * exact.ALIVE) ** 2).sum().item()
+        for w in (one, two)
     ]
     assert spread(one) - spread(two) == pytest.approx(squares[0] - squares[1], rel=1e-10)
     assert abs(squares[0] - squares[1]) > 1
@@ -147,9 +174,11 @@ def test_15_variance_of_the_estimate():
 
 @pytest.mark.parametrize("returns", ["total", "to-go"])
 def test_15_the_optimal_constant(returns):
-    """S4 2.2.4 (and S3 Theorem 4.4 for a whole episode): b* = E[X.Y] / E[|Y|^2] leaves less variance than any other constant.
+    """S4 2.2.4 (and S3 Theorem 4.4 for a whole episode): b* = E[X.Y] / E[|Y|^2] leaves less variance than any
+    other constant.
 
-    The zoo's leave-one-out estimate gets every episode weighted by its probability, and the answer is read at one of weight 0.
+    The zoo's leave-one-out estimate gets every episode weighted by its probability, and the answer is read at
+    one of weight 0.
     """
     gamma = 0.7
     weight = torch.ones(3, 1, dtype=F64) if returns == "total" else DISCOUNT
@@ -157,14 +186,19 @@ def test_15_the_optimal_constant(returns):
     chance = torch.cat((exact.chances(), torch.zeros(1, dtype=F64)))
     columns = [*range(exact.COUNT), 0]  # the last one, of weight 0, is the reader
     obs = torch.stack((exact.STATE[:, columns], torch.arange(len(columns)).expand(3, -1)), -1)
-    batch = reinforce.Episodes(obs, exact.ACTION[:, columns], exact.REWARD[:, columns], exact.ALIVE[:, columns], None, None)
+    batch = reinforce.Episodes(
+        obs, exact.ACTION[:, columns], exact.REWARD[:, columns], exact.ALIVE[:, columns], None, None
+    )
 
     def weighted(obs, action, w):
         return chance[obs[0, 1]].sqrt() * exact.score_sum(obs[:, 0], action, w)
 
     b = reinforce.optimal_baseline(weighted, batch, return_[:, columns], weight)[-1].item()
     least = spread(weight * (return_ - b))
-    others = [spread(weight * (return_ - c)) for c in (0.0, b - 0.1, b + 0.1, (exact.chances() @ return_[0]).item(), 10.0)]
+    others = [
+        spread(weight * (return_ - c))
+        for c in (0.0, b - 0.1, b + 0.1, (exact.chances() @ return_[0]).item(), 10.0)
+    ]
     assert least < min(others)
     # a parabola in b: the least is the vertex of the one through three other points
     y = [spread(weight * (return_ - c)) for c in (-1.0, 0.0, 1.0)]
@@ -172,7 +206,9 @@ def test_15_the_optimal_constant(returns):
     if returns == "total":
         norms = torch.einsum("tnp,tn->np", exact.scores(), exact.ALIVE.double()).norm(dim=1) ** 2
         p = exact.chances()
-        assert b == pytest.approx(((p * norms) @ return_[0] / (p @ norms)).item(), rel=1e-9)  # as the notes print it
+        assert b == pytest.approx(
+            ((p * norms) @ return_[0] / (p @ norms)).item(), rel=1e-9
+        )  # as the notes print it
 
 
 def one_step(b, theta):
@@ -185,7 +221,8 @@ def one_step(b, theta):
 
 
 def test_15_the_optimal_baseline_of_a_state():
-    """S3 Theorem 4.4, Remark 4.5: b*(s) = E[|score|^2 Q] / E[|score|^2] beats all other b; V(s), the notes' practical choice,
+    """S3 Theorem 4.4, Remark 4.5: b*(s) = E[|score|^2 Q] / E[|score|^2] beats all other b; V(s), the notes'
+    practical choice,
     is not it, and can be worse than no baseline at all.
     """
     theta = torch.tensor([-0.7, 1.5, 0.1], dtype=F64)
@@ -197,7 +234,7 @@ def test_15_the_optimal_baseline_of_a_state():
     assert one_step(q.mean(), uniform)[0] < min(one_step(q.mean() + d, uniform)[0] for d in (-0.01, 0.01))
 
 
-# --- 16: the table of Psi_t -----------------------------------------------------------------------------------------------
+# --- 16: the table of Psi_t ---------------------------------------------------------------------------------
 
 
 def table_of_psi(gamma):
@@ -224,14 +261,16 @@ def test_16_every_psi_estimates_the_gradient(gamma):
 
 
 def test_16_their_variances():
-    """S4 Table 2.2: each further step averages something out, total > to-go > baseline > TD > advantage; Q > advantage."""
+    """S4 Table 2.2: each further step averages something out, total > to-go > baseline > TD > advantage; Q >
+    advantage."""
     found = {name: spread(psi) for name, psi in table_of_psi(1.0).items()}
     assert found["total"] > found["to-go"] > found["baseline"] > found["td"] > found["advantage"]
     assert found["to-go"] > found["Q"] > found["advantage"]
 
 
 def test_16_the_advantage_has_not_the_least_variance():
-    """S4 2.3.1 says A^pi has the least variance: Q - b(s) with the best b, the vertex of a paraboloid, has less."""
+    """S4 2.3.1 says A^pi has the least variance: Q - b(s) with the best b, the vertex of a paraboloid, has
+    less."""
     v, q = values(1.0)
 
     def with_baseline(b):
@@ -243,7 +282,7 @@ def test_16_the_advantage_has_not_the_least_variance():
     close(mean_gradient(at_steps(q) - at_steps(best.view(3, 2))), tiny_mdp.exact_gradient(1.0))
 
 
-# --- 17: Bellman's equations ----------------------------------------------------------------------------------------------
+# --- 17: Bellman's equations --------------------------------------------------------------------------------
 
 
 def test_17_bellman_equations():
@@ -253,10 +292,14 @@ def test_17_bellman_equations():
     for t in range(3):
         for s in (0, 1):
             here = exact.ALIVE[t] & (exact.STATE[t] == s)
-            assert (chance * return_[t])[here].sum() / chance[here].sum() == pytest.approx(v[t, s].item(), rel=1e-12)
+            assert (chance * return_[t])[here].sum() / chance[here].sum() == pytest.approx(
+                v[t, s].item(), rel=1e-12
+            )
             for a in (0, 1):
                 there = here & (exact.ACTION[t] == a)
-                assert (chance * return_[t])[there].sum() / chance[there].sum() == pytest.approx(q[t, s, a].item(), rel=1e-12)
+                assert (chance * return_[t])[there].sum() / chance[there].sum() == pytest.approx(
+                    q[t, s, a].item(), rel=1e-12
+                )
     mdp, g = exact.random_mdps(20)
     pi = torch.randn(20, 4, 3, generator=g, dtype=F64).softmax(-1)
     q, v = mdp.q(pi), mdp.value(pi)
@@ -285,10 +328,12 @@ def test_17_the_advantage_and_the_td_error():
     advantage = mdp.q(pi) - v[..., None]
     close((pi * advantage).sum(-1), torch.zeros(20, 4, dtype=F64), atol=1e-10)
     close(expected_td(mdp, v, pi), advantage, atol=1e-10)
-    assert (expected_td(mdp, v + torch.randn(20, 4, generator=g, dtype=F64), pi) - advantage).abs().mean() > 0.1
+    assert (
+        expected_td(mdp, v + torch.randn(20, 4, generator=g, dtype=F64), pi) - advantage
+    ).abs().mean() > 0.1
 
 
-# --- 18: n-step returns ---------------------------------------------------------------------------------------------------
+# --- 18: n-step returns -------------------------------------------------------------------------------------
 
 CHAIN = torch.tensor([[[0.7, 0.3], [0.5, 0.5]], [[0.4, 0.6], [0.1, 0.9]]], dtype=F64)  # two states, no end
 
@@ -318,7 +363,8 @@ def chain_value(gamma=0.7):
 
 
 def test_18_n_step_returns_with_the_true_value():
-    """S3 Definition 5.10, Proposition 5.11: with V = V^pi, E[R^(n)|s, a] = Q for every n, and the variance rises with n."""
+    """S3 Definition 5.10, Proposition 5.11: with V = V^pi, E[R^(n)|s, a] = Q for every n, and the variance
+    rises with n."""
     v, q = chain_value()
     moments = [n_step_moments(n, v) for n in range(1, 7)]
     for mean, *_ in moments:
@@ -341,30 +387,39 @@ def test_18_n_step_bias_of_a_wrong_value():
 
 
 def test_18_monte_carlo_is_unbiased_for_every_value():
-    """S3 Remark 5.12 asks V = V^pi of the Monte-Carlo limit: not needed, R_t - V(s_t) is unbiased whatever V is; TD is not."""
+    """S3 Remark 5.12 asks V = V^pi of the Monte-Carlo limit: not needed, R_t - V(s_t) is unbiased whatever V
+    is; TD is not."""
     terms = (exact.REWARD, at_steps(WRONG), at_successors(WRONG), exact.TERMINATED, exact.TRUNCATED)
     close(mean_gradient(n_step(*terms, 1.0)), tiny_mdp.exact_gradient(1.0))
     assert error(mean_gradient(td(*terms[:4], 1.0)), tiny_mdp.exact_gradient(1.0)) > 0.1
 
 
-# --- 20: gamma-just estimators --------------------------------------------------------------------------------------------
+# --- 20: gamma-just estimators ------------------------------------------------------------------------------
 
 
 def test_20_gamma_just_estimators():
-    """S4 2.3.1: returns, Q, A and the TD residual of V^(pi, gamma) all estimate g^gamma = E[sum_t A^(pi, gamma) grad log pi],
+    """S4 2.3.1: returns, Q, A and the TD residual of V^(pi, gamma) all estimate g^gamma = E[sum_t A^(pi,
+    gamma) grad log pi],
     which is a biased estimate of the undiscounted gradient.
     """
     gamma = 0.7
     v, q = values(gamma)
     terms = (exact.REWARD, at_steps(v), at_successors(v), exact.TERMINATED, exact.TRUNCATED)
     g = mean_gradient(at_steps(q) - at_steps(v))
-    for psi in (to_go(gamma), at_steps(q), td(*terms[:4], gamma), gae(*terms, gamma, 0.0), gae(*terms, gamma, 0.6)):
+    for psi in (
+        to_go(gamma),
+        at_steps(q),
+        td(*terms[:4], gamma),
+        gae(*terms, gamma, 0.0),
+        gae(*terms, gamma, 0.6),
+    ):
         close(mean_gradient(psi), g)
     assert error(g, tiny_mdp.exact_gradient(1.0)) > 0.03
 
 
 def test_20_gae_with_a_wrong_value_is_just_only_at_lambda_1():
-    """S4 2.3.2: for V != V^(pi, gamma) GAE is gamma-just at lambda = 1 and biased below, more so the smaller lambda is."""
+    """S4 2.3.2: for V != V^(pi, gamma) GAE is gamma-just at lambda = 1 and biased below, more so the smaller
+    lambda is."""
     gamma = 0.7
     g = mean_gradient(to_go(gamma))
     terms = (exact.REWARD, at_steps(WRONG), at_successors(WRONG), exact.TERMINATED, exact.TRUNCATED)
@@ -374,8 +429,9 @@ def test_20_gae_with_a_wrong_value_is_just_only_at_lambda_1():
 
 
 def test_20_effective_horizons():
-    """S4 2.3.3: gamma = .995 looks 1 / (1 - gamma) = 200 steps ahead, with lambda = .96 1 / (1 - gamma lambda) = 22.3 (the
-    notes' 25 is 1 / (1 - lambda)): the weight that GAE gives to a constant TD error, of which a share 1/e lies beyond.
+    """S4 2.3.3: gamma = .995 looks 1 / (1 - gamma) = 200 steps ahead, with lambda = .96 1 / (1 - gamma
+    lambda) = 22.3 (the notes' 25 is 1 / (1 - lambda)): the weight that GAE gives to a constant TD error, of
+    which a share 1/e lies beyond.
     """
     ones, never = torch.ones(8000, 1, dtype=F64), torch.zeros(8000, 1, dtype=torch.bool)
     zeros = torch.zeros_like(ones)

@@ -14,7 +14,8 @@ Z = torch.linspace(-8, 8, 401, dtype=F64)
 
 
 def test_33_facts_of_the_sigmoid():
-    """S3 Proposition 10.5, (40): s in (0, 1), s(-z) = 1 - s(z), s' = s (1 - s), its inverse is the logit, and a softmax of two
+    """S3 Proposition 10.5, (40): s in (0, 1), s(-z) = 1 - s(z), s' = s (1 - s), its inverse is the logit, and
+    a softmax of two
     is the sigmoid of their difference.
     """
     s = Z.sigmoid()
@@ -29,7 +30,8 @@ def test_33_facts_of_the_sigmoid():
 
 @pytest.mark.parametrize("rewards", [(0.7, -0.4), (0.0, 0.0), (-2.0, 1.0)])
 def test_33_gumbel_noise_makes_bradley_terry(rewards):
-    """S3 Theorem 10.6, (41)-(43): P(r1 + e1 > r2 + e2) = sigmoid(r1 - r2) for Gumbel e, by the zoo's Gumbel-max sampling on
+    """S3 Theorem 10.6, (41)-(43): P(r1 + e1 > r2 + e2) = sigmoid(r1 - r2) for Gumbel e, by the zoo's
+    Gumbel-max sampling on
     all pairs of 1,500 quantiles (an error below one quantile's width).
     """
     n = 1500
@@ -39,25 +41,33 @@ def test_33_gumbel_noise_makes_bradley_terry(rewards):
     found = (choice == 0).double().mean().item()
     assert found == pytest.approx(torch.tensor(rewards[0] - rewards[1]).sigmoid().item(), abs=1 / n)
     if rewards[0] != rewards[1]:  # normal noise of the same variance makes another model
-        normal = torch.distributions.Normal(0.0, torch.pi / 6**0.5).icdf((torch.arange(n, dtype=F64) + 0.5) / n)
-        other = ppo.Categorical(torch.tensor([rewards], dtype=F64)).sample(torch.cartesian_prod(normal, normal))
+        normal = torch.distributions.Normal(0.0, torch.pi / 6**0.5).icdf(
+            (torch.arange(n, dtype=F64) + 0.5) / n
+        )
+        other = ppo.Categorical(torch.tensor([rewards], dtype=F64)).sample(
+            torch.cartesian_prod(normal, normal)
+        )
         assert abs((other == 0).double().mean().item() - found) > 2 / n
 
 
 def test_33_gumbel_noise_makes_the_softmax():
-    """S3 Theorem 10.6 among three: argmax(r + e) is drawn by softmax(r), which is how the zoo acts; on all triples of 120
+    """S3 Theorem 10.6 among three: argmax(r + e) is drawn by softmax(r), which is how the zoo acts; on all
+    triples of 120
     quantiles. Noise of the other sign would make the same pairs, but not these.
     """
     n, logits = 120, torch.tensor([[1.0, 0.0, -1.0]], dtype=F64)
     quantiles = -(-((torch.arange(n, dtype=F64) + 0.5) / n).log()).log()
     noise = torch.cartesian_prod(quantiles, quantiles, quantiles)
     for sign, right in ((1, True), (-1, False)):
-        share = torch.stack([(ppo.Categorical(logits).sample(sign * noise) == i).double().mean() for i in range(3)])
+        share = torch.stack(
+            [(ppo.Categorical(logits).sample(sign * noise) == i).double().mean() for i in range(3)]
+        )
         assert ((share - logits[0].softmax(0)).abs().max() < 1 / n) == right
 
 
 def test_33_the_zoos_noise_is_gumbel():
-    """S3 Theorem 10.6: a million draws of the zoo's own noise against F(x) = exp(-exp(-x)) at nine points, each within 4.5
+    """S3 Theorem 10.6: a million draws of the zoo's own noise against F(x) = exp(-exp(-x)) at nine points,
+    each within 4.5
     standard errors (false alarms: 9 x 7e-6).
     """
     n, generator = 1_000_000, torch.Generator().manual_seed(0)
@@ -68,7 +78,8 @@ def test_33_the_zoos_noise_is_gumbel():
 
 
 def test_33_the_loss_is_a_binary_cross_entropy():
-    """S3 (44)-(48): -log sigmoid(dr) = BCE(1, sigmoid(dr)); log 2 at dr = 0, to 0 and to infinity on its sides."""
+    """S3 (44)-(48): -log sigmoid(dr) = BCE(1, sigmoid(dr)); log 2 at dr = 0, to 0 and to infinity on its
+    sides."""
     loss = -logsigmoid(Z)
     close(loss, binary_cross_entropy_with_logits(Z, torch.ones_like(Z), reduction="none"))
     close(loss, -Z.sigmoid().log(), atol=1e-9)

@@ -1,4 +1,5 @@
-"""Soft actor-critic as printed (S4 2.5) and as it must be, by enumeration and quadrature, with the agent's own functions."""
+"""Soft actor-critic as printed (S4 2.5) and as it must be, by enumeration and quadrature, with the agent's
+own functions."""
 
 import itertools
 
@@ -12,7 +13,7 @@ from torch.func import grad
 from zoo import sac
 from zoo.ppo import Categorical
 
-# --- 10: with a value network ---------------------------------------------------------------------------------------------
+# --- 10: with a value network -------------------------------------------------------------------------------
 
 
 def test_10_alpha_belongs_before_every_log_probability():
@@ -32,12 +33,15 @@ def test_10_alpha_belongs_before_every_log_probability():
 
 
 def test_10_a_termination_ends_the_future():
-    """(2.22) bootstraps everywhere: with reward 1 a step and an end at the third, it believes in 1 / (1 - gamma)."""
+    """(2.22) bootstraps everywhere: with reward 1 a step and an end at the third, it believes in 1 / (1 -
+    gamma)."""
     gamma, terminated = 0.9, torch.tensor([False, False, True])
     ours, printed = torch.zeros(3, dtype=F64), torch.zeros(3, dtype=F64)
     for _ in range(1000):
         ours = sac.soft_target(torch.ones(3, dtype=F64), terminated, ours.roll(-1), gamma)
-        printed = sac.soft_target(torch.ones(3, dtype=F64), torch.zeros(3, dtype=torch.bool), printed.roll(-1), gamma)
+        printed = sac.soft_target(
+            torch.ones(3, dtype=F64), torch.zeros(3, dtype=torch.bool), printed.roll(-1), gamma
+        )
     close(ours, torch.tensor([1 + gamma + gamma**2, 1 + gamma, 1.0], dtype=F64))
     close(printed, torch.full((3,), 10.0, dtype=F64))
 
@@ -54,7 +58,8 @@ def critics(action):
 
 
 def objective(policy):
-    """J_pi of (2.23) without its constant, as an integral over actions: the density is written down, nothing is sampled."""
+    """J_pi of (2.23) without its constant, as an integral over actions: the density is written down, nothing
+    is sampled."""
     u = MEAN_AND_LOG_STD[0].item() + NODES  # any grid of u = artanh(a) would do
     density = Normal(policy[0], policy[1].exp()).log_prob(u).exp() / (1 - u.tanh() ** 2)
     action, volume = u.tanh(), (1 - u.tanh() ** 2) * (NODES[1] - NODES[0])
@@ -64,7 +69,8 @@ def objective(policy):
 
 
 def reparametrised(policy, detach=False, correct=True):
-    """(2.24) by quadrature over the noise, with the agent's sample and loss; `detach`: the action as .sample() gives it."""
+    """(2.24) by quadrature over the noise, with the agent's sample and loss; `detach`: the action as
+    .sample() gives it."""
     dist = sac.SquashedGaussian(policy[0].expand(len(NODES), 1), policy[1].expand(len(NODES), 1))
     action, log_prob = dist.sample(NODES[:, None])
     u = policy[0] + policy[1].exp() * NODES
@@ -90,13 +96,16 @@ def test_10_the_reparametrised_gradient_is_that_of_the_objective():
 
 def test_10_sample_does_not_reparametrise():
     """Listing 2.1's .sample() cuts the action off from the policy: what is left has nothing to do with Q."""
-    truth, printed = (grad(f)(MEAN_AND_LOG_STD) for f in (objective, lambda p: reparametrised(p, detach=True)))
+    truth, printed = (
+        grad(f)(MEAN_AND_LOG_STD) for f in (objective, lambda p: reparametrised(p, detach=True))
+    )
     assert (truth - printed).norm() > 0.5 * truth.norm()
     close(printed, torch.zeros(2, dtype=F64), 1e-6)  # alpha E[grad log pi], the score's expectation
 
 
 def test_10_a_squashed_density_needs_the_tanh_correction():
-    """Listing 2.1's Gaussian takes u for the action: as a density over (-1, 1) it is none, and its gradient is another."""
+    """Listing 2.1's Gaussian takes u for the action: as a density over (-1, 1) it is none, and its gradient
+    is another."""
     u = MEAN_AND_LOG_STD[0] + 2 * NODES
     gaussian = Normal(*MEAN_AND_LOG_STD[0:1], MEAN_AND_LOG_STD[1].exp()).log_prob(u)
     squashed = gaussian - torch.log(1 - u.tanh() ** 2)
@@ -104,12 +113,15 @@ def test_10_a_squashed_density_needs_the_tanh_correction():
     inside = volume > 0
     assert (squashed.exp() * volume)[inside].sum().item() == pytest.approx(1, abs=1e-6)
     assert (gaussian.exp() * volume)[inside].sum() < 0.8
-    truth, printed = (grad(f)(MEAN_AND_LOG_STD) for f in (objective, lambda p: reparametrised(p, correct=False)))
+    truth, printed = (
+        grad(f)(MEAN_AND_LOG_STD) for f in (objective, lambda p: reparametrised(p, correct=False))
+    )
     assert (truth - printed).norm() > 0.3 * truth.norm()
 
 
 def test_10_the_lesser_of_two_critics_counters_overestimation():
-    """Three actions worth 0 and critics wrong by +-1: the best-looking action of one critic looks good, not of both."""
+    """Three actions worth 0 and critics wrong by +-1: the best-looking action of one critic looks good, not
+    of both."""
     single, double = [], []
     for errors in itertools.product((-1.0, 1.0), repeat=6):
         q = torch.tensor(errors).reshape(2, 3)
@@ -120,7 +132,7 @@ def test_10_the_lesser_of_two_critics_counters_overestimation():
     assert abs(sum(double) / 64) < 0.2
 
 
-# --- 11: temperature ------------------------------------------------------------------------------------------------------
+# --- 11: temperature ----------------------------------------------------------------------------------------
 
 
 def test_11_the_temperatures_loss_ends_at_the_target_entropy():

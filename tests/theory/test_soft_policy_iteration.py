@@ -6,16 +6,21 @@ from exact import F64, close, random_mdps
 from torch.func import grad
 
 from zoo import sac
-from zoo.kl import categorical_kl
+from zoo.common.kl import categorical_kl
 from zoo.ppo import Categorical
 
 ALPHA = 0.5
 
 
 def soft_value(q, logits):
-    """V(s) = E_pi[Q - alpha log pi] (M, S) (S4 A.8): the agent's own soft value of every action, averaged by the policy."""
-    log_pi = Categorical(logits.unsqueeze(-2).expand(*logits.shape, -1)).log_prob(torch.arange(3).expand(logits.shape))
-    of_actions = sac.soft_value(torch.stack((q, q + 1)), log_pi, torch.tensor(ALPHA))  # of the twin Qs it takes the lower
+    """V(s) = E_pi[Q - alpha log pi] (M, S) (S4 A.8): the agent's own soft value of every action, averaged by
+    the policy."""
+    log_pi = Categorical(logits.unsqueeze(-2).expand(*logits.shape, -1)).log_prob(
+        torch.arange(3).expand(logits.shape)
+    )
+    of_actions = sac.soft_value(
+        torch.stack((q, q + 1)), log_pi, torch.tensor(ALPHA)
+    )  # of the twin Qs it takes the lower
     return (log_pi.exp() * of_actions).sum(-1)
 
 
@@ -26,7 +31,8 @@ def backup(mdp, q, logits):
 
 
 def evaluate(mdp, logits):
-    """The soft Q of a policy: an ordinary evaluation, the entropy to come being part of the reward (S4 A.2.1)."""
+    """The soft Q of a policy: an ordinary evaluation, the entropy to come being part of the reward (S4
+    A.2.1)."""
     entropy = ALPHA * Categorical(logits).entropy()
     with_entropy = mdp._replace(
         reward=mdp.reward + mdp.gamma[:, None, None] * (mdp.transition @ entropy[:, None, :, None])[..., 0]
@@ -53,7 +59,8 @@ def test_12_soft_policy_evaluation_converges():
 
 
 def test_12_the_projection_is_the_softmax_of_q():
-    """S4 (A.9): argmin KL(pi || exp(Q / alpha) / Z) is that softmax, at which V is alpha logsumexp(Q / alpha)."""
+    """S4 (A.9): argmin KL(pi || exp(Q / alpha) / Z) is that softmax, at which V is alpha logsumexp(Q /
+    alpha)."""
     mdp, logits, g = problem(20)
     q = evaluate(mdp, logits)
     best = q / ALPHA
@@ -66,7 +73,8 @@ def test_12_the_projection_is_the_softmax_of_q():
 
 
 def test_12_the_actors_loss_ends_there():
-    """S4 (A.9), (2.24): the agent's actor loss, averaged over actions by the policy, has no slope at that softmax."""
+    """S4 (A.9), (2.24): the agent's actor loss, averaged over actions by the policy, has no slope at that
+    softmax."""
     mdp, logits, _ = problem(5)
     q = evaluate(mdp, logits)
 
@@ -88,7 +96,8 @@ def test_12_soft_policy_improvement():
 
 
 def test_12_one_backup_is_not_the_new_q():
-    """S4 A.2.2 ends its proof with r + gamma E[V] = Q_new for one backup of Q_old: false. Iterated it is right, Q_old <=
+    """S4 A.2.2 ends its proof with r + gamma E[V] = Q_new for one backup of Q_old: false. Iterated it is
+    right, Q_old <=
     T_new Q_old <= T_new^2 Q_old <= ... -> Q_new.
     """
     mdp, logits, _ = problem()
@@ -104,13 +113,18 @@ def test_12_one_backup_is_not_the_new_q():
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_12_soft_policy_iteration_reaches_the_optimum(seed):
-    """S4 Theorem 1: repeated, it ends at Q* = r + gamma E[alpha logsumexp(Q* / alpha)], which no policy surpasses."""
+    """S4 Theorem 1: repeated, it ends at Q* = r + gamma E[alpha logsumexp(Q* / alpha)], which no policy
+    surpasses."""
     mdp, logits, g = problem(100, seed)
     for _ in range(60):
         q = evaluate(mdp, logits)
         logits = q / ALPHA
     future = ALPHA * (q / ALPHA).logsumexp(-1)
-    close(q, mdp.reward + mdp.gamma[:, None, None] * torch.einsum("msat,mt->msa", mdp.transition, future), rtol=1e-8)
+    close(
+        q,
+        mdp.reward + mdp.gamma[:, None, None] * torch.einsum("msat,mt->msa", mdp.transition, future),
+        rtol=1e-8,
+    )
     for _ in range(20):
         assert (evaluate(mdp, 3 * torch.randn(q.shape, generator=g, dtype=F64)) <= q + 1e-9).all()
     greedy = evaluate(mdp, 1e3 * q)  # the ordinary optimum is another policy

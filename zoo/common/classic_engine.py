@@ -1,13 +1,13 @@
 """Gymnasium's classic control tasks, all N copies stepped at once in NumPy: `ClassicVectorEnv`.
 
-A step of one of these tasks is a few dozen floating-point operations, and Gymnasium's loop spends its time between
-them. Here a step of N copies is the same operations on rows of N numbers.
+A step of one of these tasks is a few dozen floating-point operations, and Gymnasium's loop spends its time
+between them. Here a step of N copies is the same operations on rows of N numbers.
 
-Source: gymnasium/envs/classic_control/*.py, rewritten for rows; parameters are read from the environment object, so that
-those given to gym.make hold. Whole seeded trajectories, resets included, equal Gymnasium's to the bit
-(tests/test_classic_engine.py replays both), for which the order and the types of its operations are kept: where
-Gymnasium squares a scalar by `x**2`, which is C's pow, not x * x in one of 1,200 numbers, `squared` does; where its
-state is float32, so is this one.
+Source: gymnasium/envs/classic_control/*.py, rewritten for rows; parameters are read from the environment
+object, so that those given to gym.make hold. Whole seeded trajectories, resets included, equal Gymnasium's to
+the bit (tests/test_classic_engine.py replays both), for which the order and the types of its operations are
+kept: where Gymnasium squares a scalar by `x**2`, which is C's pow, not x * x in one of 1,200 numbers,
+`squared` does; where its state is float32, so is this one.
 
 What is not served (subclasses, users' wrappers, rendering, changed physics) goes to Gymnasium's own loop.
 """
@@ -29,7 +29,10 @@ def squared(x: np.ndarray) -> np.ndarray:
 
 
 def step_cartpole(env: Any, state: np.ndarray, action: np.ndarray, first: np.ndarray):
-    """CartPole: position and velocity of the cart, angle and angular velocity of the pole, all changed in place."""
+    """CartPole: position and velocity of the cart, angle and angular velocity of the pole.
+
+    This and its like change the state in place.
+    """
     x, x_dot, theta, theta_dot = state
     force = np.where(action == 1, env.force_mag, -env.force_mag)
     cos, sin = np.cos(theta), np.sin(theta)
@@ -60,7 +63,7 @@ def step_mountain_car(env: Any, state: np.ndarray, action: np.ndarray, first: np
 
 
 def step_continuous_mountain_car(env: Any, state: np.ndarray, action: np.ndarray, first: np.ndarray):
-    """MountainCarContinuous: as it starts position and velocity are float64, from the first step on float32."""
+    """MountainCarContinuous: position and velocity, float64 as it starts, float32 from the first step on."""
     force, cost = action[:, 0], np.square(action[:, 0].astype(np.float64)) * 0.1
     moved, terminated = drive(env, state.astype(np.float32), force)
     if np.count_nonzero(first):
@@ -173,13 +176,13 @@ def observe_acrobot(state: np.ndarray) -> np.ndarray:
 
 
 class Task(NamedTuple):
-    """What the engine needs of a Gymnasium class beside its parameters. A state (S, N) has a row for each variable."""
+    """What the engine needs of a Gymnasium class beside its parameters. A state is (S, N)."""
 
     start: Callable  # (env, rng) -> the S variables at a start
-    step: Callable  # (env, state, action, first step of an episode (N,)) -> reward (N,), terminated (N,); changes state
+    step: Callable  # (env, state, action, first step of an episode?) -> reward (N,), terminated (N,)
     observe: Callable  # state -> (N, D) float32
     size: int  # S
-    as_it_is: dict[str, Any] = {}  # noqa: RUF012  attributes that someone may have changed, with the values served
+    as_it_is: dict[str, Any] = {}
     start_dtype: type = np.float64  # of the state that a reset's observation is computed from
 
 
@@ -214,10 +217,11 @@ class ClassicVectorEnv(VectorEnv):
 
     engine = "classic"
 
-    def __init__(self, env_id: str, num_envs: int, single: gym.Env, dtype: Any = None):
+    def __init__(self, env_id: str, num_envs: int, single: Any, dtype: Any = None):
         super().__init__(env_id, num_envs, single, dtype)
         self.env: Any = single.unwrapped
-        self.task, self.time_limit = CLASSES[class_name(self.env)], time_limit_of(single)
+        self.task = CLASSES[class_name(self.env)]
+        self.time_limit: Any = time_limit_of(single)
         self.state = np.zeros((self.task.size, num_envs))
         self.generators = [np.random.default_rng() for _ in range(num_envs)]
         self.elapsed = np.zeros(num_envs, dtype=np.int64)

@@ -1,16 +1,16 @@
 """Device, threads, compilation: one source for an agent's functions, run eagerly or compiled.
 
-An agent's update is a pure function of tensors: parameters as one flat vector, optimiser state and a batch in, the new
-ones out. That makes every mode the same code:
+An agent's update is a pure function of tensors: parameters as one flat vector, optimiser state and a batch
+in, the new ones out. That makes every mode the same code:
 
     CPU   torch.compile through Inductor's C++ wrapper
     CUDA  torch.compile with Inductor's CUDA graphs
     eager as it stands, by --no-compile or where there is no compiler
 
-What a compiled function reads besides its arguments (a field of Args, a global, a variable that it closes over) may change
-between two calls, as in any Python function: torch.compile's guards notice, and it is compiled anew. They are checked at
-every call and would cost a third of a small minibatch's time; therefore one call makes a whole pass over a batch, whose
-minibatches are a loop that the compiler keeps (`scan`).
+What a compiled function reads besides its arguments (a field of Args, a global, a variable that it closes
+over) may change between two calls, as in any Python function: torch.compile's guards notice, and it is
+compiled anew. They are checked at every call and would cost a third of a small minibatch's time; therefore
+one call makes a whole pass over a batch, whose minibatches are a loop that the compiler keeps (`scan`).
 """
 
 import os
@@ -31,8 +31,8 @@ from zoo.common.errors import UsageError
 def setup(device: str = "auto", threads: int = 1) -> torch.device:
     """Set the number of torch threads and return the device that "auto", "cpu" or "cuda" names.
 
-    One thread is the default: matrices of 64 x 64 gain nothing from a second one, and two runs side by side, two threads each
-    on two cores, slow each other down several times over.
+    One thread is the default: matrices of 64 x 64 gain nothing from a second one, and two runs side by side,
+    two threads each on two cores, slow each other down several times over.
     """
     torch.set_num_threads(threads)
     if device == "cuda" and not torch.cuda.is_available():
@@ -43,10 +43,11 @@ def setup(device: str = "auto", threads: int = 1) -> torch.device:
 
 
 def flatten(module: nn.Module) -> tuple[Tensor, Callable[[Tensor], dict[str, Tensor]]]:
-    """A module's parameters as one vector (P,), and the function that turns such a vector back into named views of it.
+    """A module's parameters as one vector (P,), and the function that turns such a vector back into named
+    views of it.
 
-    Optimiser, clipping and line search are then single vector operations, and `functional_call(module, unflatten(v), ...)` of
-    torch.func runs the module at any point v.
+    Optimiser, clipping and line search are then single vector operations, and `functional_call(module,
+    unflatten(v), ...)` of torch.func runs the module at any point v.
     """
     named = [(name, parameter.shape, parameter.numel()) for name, parameter in module.named_parameters()]
     names, shapes, sizes = zip(*named, strict=True)
@@ -61,8 +62,8 @@ def flatten(module: nn.Module) -> tuple[Tensor, Callable[[Tensor], dict[str, Ten
 def loader(module: nn.Module) -> Callable[[Tensor], None]:
     """The function that puts a vector of parameters (P,), in the order of `flatten`, into the module itself.
 
-    What runs eagerly uses the module so: `functional_call` takes four times as long as the products of a small step.
-    Gradients are taken of pure functions of the vector, never of the module.
+    What runs eagerly uses the module so: `functional_call` takes four times as long as the products of a
+    small step. Gradients are taken of pure functions of the vector, never of the module.
     """
     module.requires_grad_(False)
     home = torch.cat([p.detach().reshape(-1) for p in module.parameters()])
@@ -71,11 +72,12 @@ def loader(module: nn.Module) -> Callable[[Tensor], None]:
 
 
 def scan(step: Callable, carry: Any, rows: Any) -> tuple[Any, Any]:
-    """`for row in rows: carry, out = step(carry, row)`, compiled as one loop; the last carry, and the outs stacked.
+    """`for row in rows: carry, out = step(carry, row)`, compiled as one loop; the last carry, and the outs
+    stacked.
 
-    carry, rows and out are tensors, or tuples and dicts of tensors; a row is one entry of each along its first
-    dimension. Compiled code asks three things of `step` that plain Python does not: a new carry has the shapes and
-    types of the old one, none of its tensors is one that came in, and nothing is changed in place.
+    carry, rows and out are tensors, or tuples and dicts of tensors; a row is one entry of each along its
+    first dimension. Compiled code asks three things of `step` that plain Python does not: a new carry has the
+    shapes and types of the old one, none of its tensors is one that came in, and nothing is changed in place.
     """
     leaves, structure = tree_flatten(rows)
     if torch.compiler.is_compiling() and len(leaves[0]) > 1:  # a loop of one turn is none, and trips Inductor
@@ -92,8 +94,8 @@ def scan(step: Callable, carry: Any, rows: Any) -> tuple[Any, Any]:
 def compile_function(function: Callable, device: torch.device, enabled: bool = True) -> Callable:
     """The pure `function` of tensors, compiled for `device`; itself if not `enabled`.
 
-    Where compilation fails (no C++ compiler, say), and where what the function reads has changed so often that compiling
-    it once more would not pay, one warning line is printed and it runs eagerly from there on.
+    Where compilation fails (no C++ compiler, say), and where what the function reads has changed so often
+    that compiling it once more would not pay, one warning line is printed and it runs eagerly from there on.
     """
     return _Compiled(function, device) if enabled else function
 
@@ -142,7 +144,8 @@ class _Compiled:
         start = time.perf_counter()
         import torch._inductor.config  # a second, spared to runs that do not compile
 
-        # Inductor keeps no compiled loop in its cache unless told that it may: all of the loop's code is in the cache's key
+        # Inductor keeps no compiled loop in its cache unless told that it may: all of the loop's code is in
+        # the cache's key
         torch._inductor.config.unsafe_marked_cacheable_functions["torch.ops.higher_order.scan"] = (
             torch.__version__
         )
@@ -156,7 +159,8 @@ class _Compiled:
 def own_code(function: Callable) -> Callable:
     """A copy of a function, or of the one in a partial, with a code object of its own.
 
-    Dynamo counts compilations by code object, and without this two runs in one process would share the allowance of one.
+    Dynamo counts compilations by code object, and without this two runs in one process would share the
+    allowance of one.
     """
     if isinstance(function, partial):
         return partial(own_code(function.func), *function.args, **function.keywords)

@@ -1,11 +1,12 @@
-"""Making environments: N copies of any registered Gymnasium id, on the fastest engine that steps them faithfully.
+"""Making environments: N copies of any registered id, on the fastest engine that steps them faithfully.
 
-The contract of a step is in vector_env.py. Engines: Gymnasium's own classes in a loop (here), its MuJoCo tasks
-(mujoco_engine.py) and its classic control tasks (classic_engine.py) stepped all at once.
+The contract of a step is in vector_env.py. Engines: Gymnasium's own classes in a loop (here), its MuJoCo
+tasks (mujoco_engine.py) and its classic control tasks (classic_engine.py) stepped all at once.
 """
 
 import contextlib
 import difflib
+import importlib
 import warnings
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -25,8 +26,8 @@ RETURNS = {"reset": ("obs", "info"), "step": ("obs", "reward", "terminated", "tr
 class GymnasiumVectorEnv(VectorEnv):
     """Any registered Gymnasium id, stepped in a plain loop.
 
-    Why not SyncVectorEnv: its default autoreset inserts filler rows, its SAME_STEP mode hands out the true successors as
-    object arrays, and on cheap tasks its per-step bookkeeping costs more than the tasks do.
+    Why not SyncVectorEnv: its default autoreset inserts filler rows, its SAME_STEP mode hands out the true
+    successors as object arrays, and on cheap tasks its per-step bookkeeping costs more than the tasks do.
     """
 
     engine = "gymnasium"
@@ -69,7 +70,7 @@ class GymnasiumVectorEnv(VectorEnv):
         )
 
     def _parts(self, method: str, result: Any) -> tuple:
-        """What `method` returned, with an observation that is an array of the space's shape; EnvironmentFault if it cannot be."""
+        """What `method` returned, the observation as an array of the space's shape; or EnvironmentFault."""
         names = RETURNS[method]
         if not isinstance(result, tuple) or len(result) != len(names):
             returned = (
@@ -91,7 +92,7 @@ class GymnasiumVectorEnv(VectorEnv):
         if array.shape != self.obs_shape:
             self._fault(
                 method,
-                f"returned an observation of shape {array.shape}, not {self.obs_shape} as its observation space says",
+                f"returned an observation of shape {array.shape}, not {self.obs_shape} as its space says",
             )
         return (array, *result[1:])
 
@@ -141,10 +142,10 @@ def _short(value: Any) -> str:
 @contextlib.contextmanager
 def _without_deprecations(env_id: str) -> Iterator[None]:
     """Making a v4 task warns that there is a v5, and MuJoCo of an XML attribute in Gymnasium's own files."""
-    mujoco = None
+    mujoco: Any = None
     if "envs.mujoco" in str(getattr(gym.registry.get(env_id), "entry_point", "")):  # importing it takes 0.2 s
         with contextlib.suppress(ImportError):
-            import mujoco
+            mujoco = importlib.import_module("mujoco")
     handler = mujoco and mujoco.get_mju_user_warning()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -177,8 +178,8 @@ def make_single(env_id: str) -> gym.Env:
 def make_envs(env_id: str, num_envs: int, engine: str = "auto", threads: int | None = None) -> VectorEnv:
     """`num_envs` copies of any registered Gymnasium id, on the fastest engine that steps it faithfully.
 
-    engine: "auto", "mujoco" and "classic" (all copies stepped at once, see mujoco_engine.py and classic_engine.py)
-    or "gymnasium" (a loop over its environments).
+    engine: "auto", "mujoco" and "classic" (all copies stepped at once, see mujoco_engine.py and
+    classic_engine.py) or "gymnasium" (a loop over its environments).
     threads: physics threads of the MuJoCo engine; by default one for each usable core.
     Raises UsageError for an unknown id and for spaces no agent of the zoo handles.
     """

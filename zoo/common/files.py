@@ -119,7 +119,7 @@ def lock_folder(folder: Path, flag: str) -> IO[str]:
     Raises UsageError when another run holds it or it cannot be written.
     """
     try:
-        file = open(folder / ".lock", "a+")  # noqa: SIM115 (open as long as the run lives)
+        file = open(folder / ".lock", "a+")
     except OSError as error:
         raise UsageError(f"{flag} {folder}: cannot be written: {error.strerror}") from error
     try:
@@ -193,7 +193,7 @@ class Table:
 
     def _open(self):
         if self._file is None:
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run lives)
+            self._file = open(self.path, "ab", buffering=0)
         return self._file
 
     def _cells(self, row):

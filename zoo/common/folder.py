@@ -17,7 +17,9 @@ from zoo.common.args import RunArgs
 from zoo.common.errors import UsageError
 from zoo.common.files import lock_folder, write_atomically
 
-BEFORE_A_CHECKPOINT = re.compile(r"\.lock|args\.json|progress\.csv|events\.out\.tfevents\..*|.*\.tmp|wandb")
+BEFORE_A_CHECKPOINT = re.compile(
+    r"\.lock|args\.json|progress\.csv|events\.out\.tfevents\..*|(args\.json|progress\.csv|checkpoint\.pt)\.tmp|wandb"
+)
 
 
 def new_folder(args: RunArgs, agent: str) -> tuple[Path, IO[str]]:
@@ -45,9 +47,8 @@ def new_folder(args: RunArgs, agent: str) -> tuple[Path, IO[str]]:
             lock.close()
     except OSError as error:
         raise UsageError(f"--run-dir {folder}: cannot be made: {error.strerror}") from error
-    advice = (
-        f"to go on with the run in it use --resume {folder}" if "checkpoint.pt" in found else "name a new one"
-    )
+    go_on = f"to go on with the run in it use --resume {folder}"
+    advice = go_on if "checkpoint.pt" in found else "name a new one"
     raise UsageError(f"--run-dir {folder}: not empty; {advice}")
 
 

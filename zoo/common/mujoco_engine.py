@@ -1,9 +1,9 @@
 """Gymnasium's own MuJoCo tasks, all N copies stepped by one native call: `MujocoVectorEnv`.
 
-Physics is most of a step's time, and MuJoCo is the same library under every engine; what differs is the way around it. This
-one keeps all states in one mujoco.batch.Batch (MuJoCo 4.0 or later), whose C++ thread pool advances them without Python, and
-computes observations and rewards for all rows at once (mujoco_tasks.py). Environment steps a second on two cores, medians of
-alternating runs, through `VectorEnv.step`:
+Physics is most of a step's time, and MuJoCo is the same library under every engine; what differs is the way
+around it. This one keeps all states in one mujoco.batch.Batch (MuJoCo 4.0 or later), whose C++ thread pool
+advances them without Python, and computes observations and rewards for all rows at once (mujoco_tasks.py).
+Environment steps a second on two cores, medians of alternating runs, through `VectorEnv.step`:
 
     task and copies           this engine   SyncVectorEnv   ratio   (ratio with one thread)
     HalfCheetah-v4, 64           59.6k          18.3k        3.3     1.8
@@ -11,12 +11,14 @@ alternating runs, through `VectorEnv.step`:
     Hopper-v4, 64                23.4k           8.7k        2.7     1.7
     Ant-v5, 64                    8.2k           3.7k        2.3     1.3
 
-The alternatives: EnvPool does 25-43k on the first line and brings about 740 MB of packages; mujoco.rollout is as fast as
-Batch, but returns neither the solver's warm start nor derived fields, so that trajectories drift from Gymnasium's by
-rounding (1e-13 a step). With Batch whole seeded trajectories, resets included, equal those of Gymnasium to the bit (but for
-the last one of Reacher's and the double pendulum's rewards) at any number of threads; tests/test_mujoco_engine.py replays both.
+The alternatives: EnvPool does 25-43k on the first line and brings about 740 MB of packages; mujoco.rollout is
+as fast as Batch, but returns neither the solver's warm start nor derived fields, so that trajectories drift
+from Gymnasium's by rounding (1e-13 a step). With Batch whole seeded trajectories, resets included, equal
+those of Gymnasium to the bit (but for the last one of Reacher's and the double pendulum's rewards) at any
+number of threads; tests/test_mujoco_engine.py replays both.
 
-What is not served (an older MuJoCo, other tasks, subclasses, users' wrappers, rendering) goes to Gymnasium's own loop.
+What is not served (an older MuJoCo, other tasks, subclasses, users' wrappers, rendering) goes to Gymnasium's
+own loop.
 """
 
 import os
@@ -48,21 +50,22 @@ def serves(single: gym.Env) -> bool:
 class MujocoVectorEnv(VectorEnv):
     """N copies of a task that `serves` accepts, on a pool of `threads` native threads.
 
-    Default: one for each core this process may use; Batch takes no more than environments. The numbers do not depend on it.
+    Default: one for each core this process may use; Batch takes no more than environments. The numbers do not
+    depend on it.
     """
 
     engine = "mujoco"
 
     def __init__(
-        self, env_id: str, num_envs: int, single: gym.Env, dtype: Any = None, threads: int | None = None
+        self, env_id: str, num_envs: int, single: Any, dtype: Any = None, threads: int | None = None
     ):
         super().__init__(env_id, num_envs, single, dtype)
         self.env: Any = single.unwrapped
         self.task, self.v5 = CLASSES[class_name(self.env)]
-        self.time_limit = time_limit_of(single)
+        self.time_limit: Any = time_limit_of(single)
         self.with_forces = getattr(self.env, "_use_contact_forces", "cfrc_ext" in self.task.derived)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        # A persistent batch keeps each environment's MjData, from which mj_rnePostConstraint computes cfrc_ext
+        # A persistent batch keeps every MjData, from which mj_rnePostConstraint computes cfrc_ext
         self.batch = Batch(self.env.model, num_envs, threads or cores, persistent=self.with_forces)
         # Bound before the first call: a field bound between two calls reads zero until the next one
         fields = ("qpos", "qvel", "ctrl", *(name for name in self.task.derived if name != "cfrc_ext"))

@@ -1,13 +1,15 @@
 """Observations, rewards and terminations of Gymnasium's MuJoCo tasks, for N environments at once in NumPy.
 
-Source: gymnasium/envs/mujoco/*_v4.py and *_v5.py, rewritten for rows; parameters are read from the environment object, so
-that those given to gym.make hold. Results equal Gymnasium's to the bit, but for the last bit of the rewards of Reacher and
-InvertedDoublePendulum: NumPy rounds a norm or a square of many rows otherwise than that of one vector.
+Source: gymnasium/envs/mujoco/*_v4.py and *_v5.py, rewritten for rows; parameters are read from the
+environment object, so that those given to gym.make hold. Results equal Gymnasium's to the bit, but for the
+last bit of the rewards of Reacher and InvertedDoublePendulum: NumPy rounds a norm or a square of many rows
+otherwise than that of one vector.
 
-In every function `env` is the unwrapped Gymnasium environment, read for its parameters and its model only; `v5` tells its
-version; `sim` holds MjData's fields, one row an environment: sim.qpos (N, nq), sim.qvel (N, nv), sim.xpos (N, nbody, 3) ...
-After a step MuJoCo leaves derived fields (xpos, site_xpos, cinert, ...) at the start, or a stage, of the last substep, behind
-qpos; Gymnasium reads them so, and so do these functions. The action is float32, and so are the costs computed from it.
+In every function `env` is the unwrapped Gymnasium environment, read for its parameters and its model only;
+`v5` tells its version; `sim` holds MjData's fields, one row an environment: sim.qpos (N, nq), sim.qvel (N,
+nv), sim.xpos (N, nbody, 3) ... After a step MuJoCo leaves derived fields (xpos, site_xpos, cinert, ...) at
+the start, or a stage, of the last substep, behind qpos; Gymnasium reads them so, and so do these functions.
+The action is float32, and so are the costs computed from it.
 """
 
 from collections.abc import Callable
@@ -18,7 +20,10 @@ import numpy as np
 
 
 def normal_velocity(env: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Initial (qpos, qvel): uniform noise on positions, Gaussian on velocities (HalfCheetah, Ant, InvertedDoublePendulum)."""
+    """Initial (qpos, qvel): uniform noise on positions, Gaussian on velocities.
+
+    HalfCheetah, Ant, InvertedDoublePendulum.
+    """
     scale = getattr(env, "_reset_noise_scale", 0.1)  # v4 of the double pendulum has the number in its code
     qpos = env.init_qpos + rng.uniform(low=-scale, high=scale, size=env.model.nq)
     return qpos, env.init_qvel + scale * rng.standard_normal(env.model.nv)
@@ -32,7 +37,7 @@ def uniform_velocity(env: Any, rng: np.random.Generator) -> tuple[np.ndarray, np
 
 
 def reacher_start(env: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Initial (qpos, qvel) of Reacher: an arm almost straight, a goal drawn until it lies in the disc of radius 0.2."""
+    """Initial (qpos, qvel) of Reacher: an arm almost straight, a goal drawn from the disc of radius 0.2."""
     qpos = rng.uniform(low=-0.1, high=0.1, size=env.model.nq) + env.init_qpos
     goal = np.full(2, np.inf)
     while not np.linalg.norm(goal) < 0.2:
@@ -44,7 +49,7 @@ def reacher_start(env: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
 
 
 def positions(env: Any, sim: SimpleNamespace, skipped: int) -> np.ndarray:
-    """Positions in the observation (N, ...): all but the first `skipped`, which the parameters may also let in."""
+    """Positions in the observation (N, ...): all but the first `skipped`, which parameters may let in."""
     return sim.qpos[:, skipped if getattr(env, "_exclude_current_positions_from_observation", False) else 0 :]
 
 
@@ -59,7 +64,7 @@ def observer(skipped: int, clip: float | None = None) -> Callable:
 
 
 def observe_ant(env: Any, v5: bool, sim: SimpleNamespace) -> np.ndarray:
-    """(N, 105), or (N, 27) without the contact forces, the default of v4; v5 drops the world's row of them."""
+    """(N, 105), or (N, 27) without contact forces, the default of v4; v5 drops the world's row of them."""
     parts = [positions(env, sim, 2), sim.qvel]
     if env._include_cfrc_ext_in_observation if v5 else env._use_contact_forces:
         parts.append(
@@ -69,7 +74,7 @@ def observe_ant(env: Any, v5: bool, sim: SimpleNamespace) -> np.ndarray:
 
 
 def observe_humanoid(env: Any, v5: bool, sim: SimpleNamespace) -> np.ndarray:
-    """(N, 348), v4 (N, 376): v5 drops the world's rows and the root's six actuator forces, and can leave out each part."""
+    """(N, 348), v4 (N, 376): v5 drops the world's rows and the root's six forces, and lets parts out."""
     world = int(v5)
     parts = {"cinert": sim.cinert[:, world:], "cvel": sim.cvel[:, world:]}
     parts |= {"qfrc_actuator": sim.qfrc_actuator[:, 6 * world :], "cfrc_ext": sim.cfrc_ext[:, world:]}
@@ -112,7 +117,7 @@ def root_x(env: Any, sim: SimpleNamespace) -> np.ndarray:
 
 
 def body_x(env: Any, sim: SimpleNamespace) -> np.ndarray:
-    """(N,) the ant's forward position, of its body's frame: this lags behind qpos, see the module's docstring."""
+    """(N,) the ant's forward position, of its body's frame: it lags behind qpos, see above."""
     return sim.xpos[:, env.model.body(getattr(env, "_main_body", "torso")).id, 0]
 
 
@@ -152,7 +157,7 @@ def humanoid_healthy(env: Any, sim: SimpleNamespace) -> np.ndarray:
 
 
 def contact_cost(env: Any, sim: SimpleNamespace) -> np.ndarray | float:
-    """(N,) cost of the forces from outside: Ant clips the forces, Humanoid-v5 the cost, the others have none."""
+    """(N,) cost of forces from outside: Ant clips the forces, Humanoid-v5 the cost, the others have none."""
     if not getattr(env, "_use_contact_forces", hasattr(env, "_contact_cost_weight")):
         return 0.0
     forces = np.clip(sim.cfrc_ext, *getattr(env, "_contact_force_range", (-np.inf, np.inf)))
@@ -161,10 +166,10 @@ def contact_cost(env: Any, sim: SimpleNamespace) -> np.ndarray | float:
 
 
 def judge_runner(track: Callable, healthy: Callable | None = None, double: bool = False) -> Callable:
-    """Reward and termination of the locomotion tasks: forward velocity, a wage while healthy, minus the costs.
+    """Reward and termination of the runners: forward velocity, a wage while healthy, minus the costs.
 
-    Where being unhealthy ends the episode, v4 still pays the wage for that last step, and v5 does not. The control's
-    cost is computed from the float32 action, but from MuJoCo's float64 copy of it if `double`.
+    Where being unhealthy ends the episode, v4 still pays the wage for that last step, and v5 does not. The
+    control's cost is computed from the float32 action, but from MuJoCo's float64 copy of it if `double`.
     """
 
     def judge(env: Any, v5: bool, sim: SimpleNamespace, before: np.ndarray, action: np.ndarray):
@@ -199,7 +204,7 @@ def judge_pendulum(env: Any, v5: bool, sim: SimpleNamespace, before: None, actio
 
 
 def judge_double_pendulum(env: Any, v5: bool, sim: SimpleNamespace, before: None, action: np.ndarray):
-    """A wage (v5: 0 on the last step) minus penalties on the tip's place and the joints' speed, while the tip is above 1."""
+    """A wage (v5: 0 on the last step) minus penalties on the tip's place and the joints' speed."""
     x, y, speed = sim.site_xpos[:, 0, 0], sim.site_xpos[:, 0, 2], sim.qvel
     fallen = y <= 1
     penalty = 0.01 * x**2 + (y - 2) ** 2

@@ -39,7 +39,9 @@ class Process:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.closing.close()
+        # a full disk, already told, fails once more when the logs are flushed
+        with contextlib.suppress(OSError):
+            self.closing.close()
 
     def _ask_to_stop(self, number: int, _frame: object) -> None:
         if self.stop_signal:  # asked before: do not wait
@@ -74,9 +76,8 @@ class Process:
 
 
 def _report_thread_failure(failure: threading.ExceptHookArgs) -> None:
-    if not issubclass(
-        failure.exc_type, OSError
-    ):  # TensorBoard's thread hands its own to the main thread as well
+    # TensorBoard's thread hands its own errors to the main thread as well
+    if not issubclass(failure.exc_type, OSError):
         threading.__excepthook__(failure)
 
 

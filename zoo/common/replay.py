@@ -1,7 +1,7 @@
 """The replay buffer: the last transitions of all environments, in preallocated arrays on the agent's device.
 
-float32; what follows an observation is the next row, so that it stands there once. A million transitions of HalfCheetah take
-100 MB.
+float32; what follows an observation is the next row, so that it stands there once. A million transitions of
+HalfCheetah take 100 MB.
 """
 
 from typing import NamedTuple
@@ -30,9 +30,10 @@ RING = ("obs", "action", "reward", "terminated", "ending")  # the ring's columns
 class ReplayBuffer:
     """The last `slots` steps of N environments, in a ring of rows.
 
-    The successor of row t is the observation of row t + 1: stored once. Where an episode ended it is not, and the true one is
-    kept in a second, growing ring; `ending` (slots + 1, N) holds its running number there, -1 elsewhere. One row more than
-    slots, because the newest step already has its successor in the row that comes next.
+    The successor of row t is the observation of row t + 1: stored once. Where an episode ended it is not, and
+    the true one is kept in a second, growing ring; `ending` (slots + 1, N) holds its running number there, -1
+    elsewhere. One row more than slots, because the newest step already has its successor in the row that
+    comes next.
     Raises UsageError where there is no memory for it.
     """
 
@@ -77,7 +78,7 @@ class ReplayBuffer:
             self._end(torch.as_tensor(step.terminated | step.truncated))
 
     def cut(self) -> None:
-        """Let the newest step be its episode's last one, because all environments start anew (a run was resumed)."""
+        """Let the newest step end its episodes, because all environments start anew (a run was resumed)."""
         if self.size:
             self._end(self.ending[self.head - 1].cpu() < 0)
 
@@ -117,8 +118,9 @@ class ReplayBuffer:
         ours, theirs = tuple(self.reward.shape), (state["rows"], state["reward"].shape[1])
         if ours != theirs:
             raise UsageError(
-                f"--buffer-size, --num-envs: {ours[0] - 1} steps of {ours[1]} environments do not fit the checkpoint's replay "
-                f"buffer of {theirs[0] - 1} steps of {theirs[1]}; resume without these arguments"
+                f"--buffer-size, --num-envs: {ours[0] - 1} steps of {ours[1]} environments do not fit the "
+                f"checkpoint's replay buffer of {theirs[0] - 1} steps of {theirs[1]}; resume without these "
+                "arguments"
             )
         for name in RING:
             getattr(self, name)[: len(state[name])] = state[name]

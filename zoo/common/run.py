@@ -61,12 +61,10 @@ class Run:
         self._evaluate = evaluate
         self._recent: deque[tuple[float, int]] = deque(maxlen=100)  # (return, length) of the last episodes
         self._saved: Any = None  # the state to be restored
-        self._owed: dict | None = (
-            None  # what the evaluation needs that was due when the checkpoint was written
-        )
+        self._owed: dict | None = None  # for the evaluation that was due when the checkpoint was written
         self._open = contextlib.ExitStack()  # what close() has to close
         self._process = present_process()
-        self._process.closing.callback(self.close)
+        self._process.closing.callback(self._open.close)
         wall_time = 0.0
         with self._closed_on_error():
             if args.resume:
@@ -82,9 +80,8 @@ class Run:
             self._open.callback(self._logs.close)
         self._saved_at = time.perf_counter()
         self._started = self._saved_at - wall_time
-        self._logs.say(
-            f"run folder: {self.folder}" + (f", resumed at step {self.step:,}" if args.resume else "")
-        )
+        resumed = f", resumed at step {self.step:,}" if args.resume else ""
+        self._logs.say(f"run folder: {self.folder}{resumed}")
 
     def _resume(self) -> float:
         """Take over the checkpoint, all but its state; the seconds that the run took so far."""
@@ -95,9 +92,8 @@ class Run:
         for name in self.args.kept:
             was, wanted = saved["args"].get(name), getattr(self.args, name)
             if name in saved["args"] and was != wanted:
-                raise UsageError(
-                    f"{flag(name)} {wanted}: the run in {self.folder} was made with {was} and keeps it"
-                )
+                reason = f"the run in {self.folder} was made with {was} and keeps it"
+                raise UsageError(f"{flag(name)} {wanted}: {reason}")
         self.step = self._process.saved_step = saved["step"]
         self._recent.extend((return_, length) for return_, length in saved["run"]["recent"])
         self._saved, self._owed = saved["state"], saved["run"]["owed"]
@@ -114,9 +110,8 @@ class Run:
             try:
                 state = restored(state, self._saved, self.args.seed, self.step)
             except ValueError as error:
-                raise UsageError(
-                    f"--resume {self.folder}: {error}; was the run made by other code?"
-                ) from error
+                advice = "was the run made by other code?"
+                raise UsageError(f"--resume {self.folder}: {error}; {advice}") from error
             owed, self._saved, self._owed = self._owed, None, None
             if owed and self.args.eval_every and not self._logs.table.last_has_more_than(owed["columns"]):
                 device = device_of(state)
@@ -153,12 +148,8 @@ class Run:
             with writing(self.folder):
                 self._logs.report(row, values, episodes)
                 if content is not None:
-                    owed = (
-                        {"acting": portable(acting, "acting"), "columns": [*row, *values]}
-                        if evaluating
-                        else None
-                    )
-                    self._save(content, owed)
+                    owed = {"acting": portable(acting, "acting"), "columns": [*row, *values]}
+                    self._save(content, owed if evaluating else None)
             if evaluating and not stopping:  # else the resumed run does
                 self._evaluated(acting)
                 stopping = self._process.stop_signal  # received meanwhile
@@ -190,9 +181,8 @@ class Run:
 
     def close(self) -> None:
         """Release the folder, the bar and the logs; the checkpoint stays as it is. May be called again."""
-        with contextlib.suppress(
-            OSError
-        ):  # a full disk, already told, fails once more when the logs are flushed
+        # a full disk, already told, fails once more when the logs are flushed
+        with contextlib.suppress(OSError):
             self._open.close()
 
     @contextlib.contextmanager
@@ -206,17 +196,14 @@ class Run:
     def _evaluated(self, acting: Any, final: bool = False) -> dict[str, float]:
         """Evaluate; the values, which are logged in the last row and told."""
         try:
-            with torch.random.fork_rng(
-                devices=[]
-            ):  # a network draws first weights, even if others take their place
+            # a network that is made to be filled draws its first weights
+            with torch.random.fork_rng(devices=[]):
                 values = self._evaluate(acting)
         except RunFault as error:
-            if final:
-                raise RunFault(
-                    f"final evaluation: {error}; the agent is trained: {self.folder}/agent.pt"
-                ) from error
-            advice = "--eval-every 0 goes on without evaluations"
-            raise RunFault(f"evaluation at step {self.step:,}: {error}; {advice}") from error
+            which = "final evaluation" if final else f"evaluation at step {self.step:,}"
+            trained = f"the agent is trained: {self.folder}/agent.pt"
+            advice = trained if final else "--eval-every 0 goes on without evaluations"
+            raise RunFault(f"{which}: {error}; {advice}") from error
         with writing(self.folder):
             self._logs.evaluation(self.step, values)
         if not final:

@@ -1,9 +1,9 @@
 """Vectorised environments under one contract: true successors, two kinds of ending, no filler rows.
 
-A step of N environments yields, for each of them, the reward, the **true** successor `next_obs` (on the last step
-of an episode too), `terminated` and `truncated` apart, and `obs`, the observation to act on next: equal to
-`next_obs`, but the first of the new episode where one has just ended. No row is ever an autoreset's filler. So with
-a rollout's arrays
+A step of N environments yields, for each of them, the reward, the **true** successor `next_obs` (on the last
+step of an episode too), `terminated` and `truncated` apart, and `obs`, the observation to act on next: equal
+to `next_obs`, but the first of the new episode where one has just ended. No row is ever an autoreset's
+filler. So with a rollout's arrays
 
     delta_t = r_t + gamma (1 - terminated_t) V(next_obs_t) - V(obs_t)
 
@@ -21,9 +21,9 @@ from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 
 from zoo.common.errors import EnvironmentFault
 
-# A dimension of actions whose bounds are further apart than twice this has none: 1e6, or the largest float32 or int32, is
-# how people write "no bound", and spread over it a policy that begins with a deviation near 1 would never do anything
-# small. Ranges in physical units (rpm, watts, newtons) are narrower.
+# A dimension of actions whose bounds are further apart than twice this has none: 1e6, or the largest float32
+# or int32, is how people write "no bound", and spread over it a policy that begins with a deviation near 1
+# would never do anything small. Ranges in physical units (rpm, watts, newtons) are narrower.
 UNBOUNDED = 1e5
 
 
@@ -41,10 +41,10 @@ class Step(NamedTuple):
 class VectorEnv:
     """N copies of a task. An engine implements `_restart` and `_advance`; the contract is kept here.
 
-    Box actions are given in the policy's scale: [-1, 1] spans the bounds of a bounded dimension, an unbounded dimension
-    takes the value as it is; what lies outside the bounds is clipped. Discrete actions are counted from 0.
-    Observations are float32 where that holds all numbers of the task's space, else float64: normalise before you round
-    to float32, in which 1e8 and 1e8 + 1 are one number.
+    Box actions are given in the policy's scale: [-1, 1] spans the bounds of a bounded dimension, an unbounded
+    dimension takes the value as it is; what lies outside the bounds is clipped. Discrete actions are counted
+    from 0. Observations are float32 where that holds all numbers of the task's space, else float64: normalise
+    before rounding to float32, in which 1e8 and 1e8 + 1 are one number.
     As a context manager it is closed at the end.
     """
 
@@ -76,8 +76,8 @@ class VectorEnv:
             if (finite & ~self.bounded).any():
                 i = int(np.argmax(finite & ~self.bounded))
                 _warn_once(
-                    f"{env_id}: action {i} has bounds {low[i]:.6g} and {high[i]:.6g}, too far apart to scale a policy to: "
-                    "such actions are taken as they are, clipped to the bounds"
+                    f"{env_id}: action {i} has bounds {low[i]:.6g} and {high[i]:.6g}, too far apart to scale "
+                    "a policy to: such actions are taken as they are, clipped to the bounds"
                 )
             self.action_scale = np.where(self.bounded, width, 1.0)
             self.action_shift = np.where(self.bounded, high / 2 + low / 2, 0.0)
@@ -85,7 +85,7 @@ class VectorEnv:
         self._returns, self._lengths = np.zeros(num_envs), np.zeros(num_envs, dtype=np.int64)
 
     def reset(self, seeds: Sequence[int]) -> np.ndarray:
-        """Start every episode afresh, environment i from seeds[i] (see seeding.py); (N, D) first observations.
+        """Start every episode afresh, environment i from seeds[i] (see seeding.py); (N, D) observations.
 
         Raises ValueError where there is not one seed for each environment.
         """
@@ -139,7 +139,7 @@ class VectorEnv:
         return values
 
     def _restart(self, index: np.ndarray, seeds: Sequence[int] | None) -> np.ndarray:
-        """Begin new episodes in the environments of `index`, all of them with seeds, or as their generators go on.
+        """Begin new episodes in the environments of `index`: all of them from seeds, or as generators go on.
 
         Returns their first observations (len(index), D).
         """
@@ -170,7 +170,7 @@ def class_name(env: Any) -> str:
     return f"{type(env).__module__}.{type(env).__qualname__}"
 
 
-def time_limit_of(single: gym.Env) -> float | None:
+def time_limit_of(single: Any) -> float | None:
     """Steps after which gym.make's own wrappers truncate an episode, infinite without a limit.
 
     None where there are other wrappers, the user's, which may change anything.
