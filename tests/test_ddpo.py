@@ -9,7 +9,7 @@ from torch.func import grad_and_value
 from zoo import ddpo
 from zoo.common.device import flatten
 from zoo.common.diffusion import cosine_schedule
-from zoo.common.errors import UsageError
+from zoo.common.errors import RunFault, UsageError
 from zoo.common.mixtures import line
 from zoo.common.targets import Exact, make_target
 from zoo.ddpo import Args, Denoiser, Denoising
@@ -181,7 +181,7 @@ def test_exact_evaluations_agree_with_samples():
         (dict(method="is", minibatch_size=300), "--minibatch-size 300 does not divide the 320 steps"),
         (dict(total_steps=10), "--total-steps 10 is less than one batch of 64 chains"),
         (dict(env="lines"), "--env lines: no such task; there are line, ring, digits .nearest: line"),
-        (dict(num_chains=3, total_steps=10), "--num-chains 3: a mean over the chains of a context needs 4"),
+        (dict(num_chains=3, total_steps=10), "--num-chains 3: a mean over a context's chains needs 4"),
         (dict(steps=1), "--steps must be at least 2, not 1"),
     ],
 )
@@ -199,3 +199,29 @@ def test_the_digits():
     found = {digit: target.judge(target.judge_data[target.judge_label == digit]) for digit in (WANTED, 1, 5)}
     assert found[WANTED]["share"] > 0.95 and found[1]["share"] < 0.05 and found[5]["share"] < 0.05
     assert found[WANTED]["reward"] > -0.5 and found[1]["reward"] < -3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(method="is", num_epochs=2, clip=1e-3, kl="log-ratio", reduce="mean"),
+        dict(env="ring", kl="loss", predict="v", min_sigma=0.2),
+    ],
+)
+def test_runs_and_resumes(changes, tmp_path, capsys):
+    """A resumed run ends where an uninterrupted one does."""
+    common = dict(anneal=False, eval_every=128, total_steps=256) | changes
+    whole = ddpo.train(small(run_dir=str(tmp_path / "whole"), **common))
+    ddpo.train(small(run_dir=str(tmp_path / "half"), **common | dict(total_steps=128)))
+    resumed = ddpo.train(small(resume=str(tmp_path / "half"), **common))
+    assert resumed == pytest.approx(whole, abs=1e-6)
+    assert "final evaluation: objective" in capsys.readouterr().out
+
+
+def test_non_finite_rewards_stop_the_run(tmp_path, monkeypatch):
+    """The fault names where it came from."""
+    target = line()._replace(reward=lambda x: x[..., 0] * float("nan"))
+    monkeypatch.setattr(ddpo, "make_target", lambda name: target)
+    with pytest.raises(RunFault, match="reward became nan"):
+        ddpo.train(small(run_dir=str(tmp_path / "run"), total_steps=128, eval_every=0))

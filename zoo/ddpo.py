@@ -7,7 +7,8 @@ A diffusion model is first pretrained on data, then taught by a reward r(x_0, c)
 are an MDP: the state is (x_t, t, c), the action x_{t-1}, and the policy a Gaussian whose mean the network
 gives and whose sigma is fixed:
 
-    pi(x_{t-1} | x_t, c) = N(mu_theta(x_t, c, t), sigma_t^2 I);  log pi = -|x_{t-1} - mu|^2 / 2 sigma_t^2 + const
+    pi(x_{t-1} | x_t, c) = N(mu_theta(x_t, c, t), sigma_t^2 I)
+    log pi = -|x_{t-1} - mu_theta|^2 / 2 sigma_t^2 + const
     J = E[ r(x_0, c) - beta sum_t KL_t(x_t) ],     KL_t = |mu_theta - mu_ref|^2 / 2 sigma_t^2      (S0 27, 28)
 
     score    grad E[ A_t log pi(x_{t-1} | x_t) ]                              one step on fresh chains (S0 24)
@@ -83,8 +84,8 @@ class Args(RunArgs):
 SETTINGS: dict[str, dict] = {
     "ring": dict(beta=0.2),
     "digits": dict(
-        beta=0.8, predict="v", steps=10, min_sigma=0.1, hidden=(256, 256), num_chains=1024, learning_rate=5e-4,
-        pretrain_rate=2e-3, pretrain_steps=3000,
+        beta=0.8, predict="v", steps=10, min_sigma=0.1, hidden=(256, 256), num_chains=1024,
+        learning_rate=5e-4, pretrain_rate=2e-3, pretrain_steps=3000,
     ),
 }  # fmt: skip
 

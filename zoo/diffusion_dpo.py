@@ -1,8 +1,10 @@
-"""Preferences for a diffusion model: Diffusion-DPO (Wallace et al. 2023, arXiv:2311.12908) and relatives, one file.
+"""Preferences for a diffusion model: Diffusion-DPO (Wallace et al. 2023, arXiv:2311.12908) and relatives, one
+file.
 
-Pairs of samples x^w, x^l of which one was preferred teach a pretrained model directly, as DPO (arXiv:2305.18290) does: a
-loss makes the implicit reward beta log(pi / pi_ref) explain the preferences. How likely a model makes an x_0 is not
-known, only how likely it makes a chain, and there the four differ. With L_t(x) = log(pi / pi_ref)(x_{t-1} | x_t):
+Pairs of samples x^w, x^l of which one was preferred teach a pretrained model directly, as DPO
+(arXiv:2305.18290) does: a loss makes the implicit reward beta log(pi / pi_ref) explain the preferences. How
+likely a model makes an x_0 is not known, only how likely it makes a chain, and there the four differ. With
+L_t(x) = log(pi / pi_ref)(x_{t-1} | x_t):
 
     trajectory  -log sigmoid(beta (sum_t L_t(x^w) - sum_t L_t(x^l)))        the chains that made the samples
     d3po        -log sigmoid(beta T (L_t(x^w) - L_t(x^l)))                  each step alone (arXiv:2311.13231)
@@ -12,9 +14,10 @@ known, only how likely it makes a chain, and there the four differ. With L_t(x) 
     notes35     SG[sigmoid(R_l - R_w)] (|x^w_{t-1} - mu|^2 - |x^l_{t-1} - mu|^2) / 2 sigma_t^2
                 R = beta |mu - mu_ref|^2 / 2 sigma_t^2                      S0 (35), a negative result
 
-The last is S0's correction of (33). Its R does not depend on what was preferred, so that its weight does not fall when
-the pairs are explained, and mu drifts for ever. The pairs come from the reference and a Bradley-Terry model of the
-task's reward: the best x_0 is the tilt p_ref exp(r / beta) / Z, known exactly on the tasks `line` and `ring`.
+The last is S0's correction of (33). Its R does not depend on what was preferred, so that its weight does not
+fall when the pairs are explained, and mu drifts for ever. The pairs come from the reference and a
+Bradley-Terry model of the task's reward: the best x_0 is the tilt p_ref exp(r / beta) / Z, known exactly on
+the tasks `line` and `ring`.
 
     python zoo/diffusion_dpo.py                         S0 (33), the VLB's weights, noise shared by the pair
     python zoo/diffusion_dpo.py --loss trajectory       nearer the tilt: nothing is noised anew
@@ -230,7 +233,8 @@ def pair_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The loss of a batch of pairs and what to log of it.
 
-    t (B, K): the steps looked at; noise (2, B, K, d), of samples noised anew; weight (T + 1,), in units of the VLB's.
+    t (B, K): the steps looked at; noise (2, B, K, d), of samples noised anew; weight (T + 1,), in units of
+    the VLB's.
     """
     steps, context = t.flatten(), pairs.context[:, None].expand_as(t).flatten()
     rows = torch.arange(len(t), device=t.device)[:, None]
@@ -354,7 +358,9 @@ def train(args: Args) -> float:
         return sample_chain(mean, params, noise, context, sigma)
 
     def update(params, opt, reference, pairs, t, noise, learning_rate):
-        """The gradient step, a pure function: parameters, optimiser and batch in, the new ones and metrics out."""
+        """The gradient step, a pure function: parameters, optimiser and batch in, the new ones and metrics
+        out.
+        """
         gradient = grad_and_value(pair_loss, has_aux=True)
         grad, (_, metrics) = gradient(params, reference, pairs, t, noise, mean, schedule, weight, args)
         grad, grad_norm = clip_grad(grad, args.max_grad_norm)

@@ -168,7 +168,7 @@ def test_55_the_implicit_reward_ignores_what_was_preferred():
 
 
 def test_55_it_drifts_for_ever_where_dpo_stops():
-    """E17: with rewards 2 x and beta 1 the best mean is 2: DPO ends there, (35) moves on at a constant speed."""
+    """E17: with rewards 2 x and beta 1 the best mean is 2: DPO ends there, (35) moves on at one speed."""
     close(descend("dpo"), torch.tensor(2.0, dtype=F64), rtol=1e-3)
     step = drift("notes35")
     speeds = torch.stack([step(torch.tensor(mu, dtype=F64)) for mu in (0.0, 2.0, 20.0, 200.0)])
