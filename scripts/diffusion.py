@@ -10,7 +10,7 @@ Every run is a process of its own on one core; the same command goes on where it
     RUNS/NAME/seed_N/            the run's folder
     RESULTS/NAME/seed_N.csv      its evaluations
     RESULTS/table.csv            the last evaluations, mean and standard deviation over seeds
-    RESULTS/meta.json            commands, versions, commit, machine
+    RESULTS/NAME/meta.json       command, versions, commit, machine
 
 Needs the extra `plots`, and `digits` for the digits.
 """
@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 import tyro
+from diffusion_plots import draw
 
 from zoo.common.errors import UsageError
 
@@ -94,7 +95,7 @@ class Args:
 def command(name: str, seed: int, folder: Path) -> list[str]:
     """The command line of one run: a new one, or a stopped one resumed."""
     experiment = EXPERIMENTS[name]
-    script = [sys.executable, str(ROOT / "zoo" / f"{experiment.agent}.py"), "--no-progress", "--no-compile"]
+    script = [sys.executable, str(ROOT / "zoo" / f"{experiment.agent}.py"), "--no-progress"]
     if (folder / "checkpoint.pt").exists():
         return [*script, "--resume", str(folder)]
     return [*script, *shlex.split(experiment.args), "--seed", str(seed), "--run-dir", str(folder)]
@@ -172,11 +173,15 @@ def main() -> int:
                     for name in names
                     for seed in range(1, (args.seeds or EXPERIMENTS[name].seeds) + 1)
                 ]
-                for told in pool.map(lambda job: run(*job, args), jobs):
+                for told in pool.map(lambda job: run(job[0], job[1], args), jobs):
                     if told:
                         print(told, flush=True)
         args.results.mkdir(parents=True, exist_ok=True)
         write_table(args.results)
+        if args.plot:
+            curves = {name: found for name in EXPERIMENTS if (found := load(name, args.results))}
+            for told in draw(curves, args.runs, args.results):
+                print(told)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

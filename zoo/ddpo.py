@@ -82,7 +82,7 @@ class Args(RunArgs):
 
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
 SETTINGS: dict[str, dict] = {
-    "ring": dict(beta=0.2),
+    "ring": dict(beta=0.2, total_steps=307_200, eval_every=61_440, learning_rate=4e-3),
     "digits": dict(
         beta=0.8, predict="v", steps=10, min_sigma=0.1, hidden=(256, 256), num_chains=1024,
         learning_rate=5e-4, pretrain_rate=2e-3, pretrain_steps=3000,
@@ -96,11 +96,13 @@ SETTINGS: dict[str, dict] = {
 class Denoiser(nn.Module):
     """x_t (B, d), t (B,) of 1 .. T, context (B,) -> what --predict names (B, d)."""
 
+    time: Tensor
+    one_hot: Tensor
+
     def __init__(self, dim: int, contexts: int, steps: int, hidden: tuple[int, ...]):
         super().__init__()
-        self.register_buffer(
-            "time", torch.linspace(0, 1, steps + 1)[:, None] * torch.pi * 2.0 ** torch.arange(4)
-        )
+        angle = torch.linspace(0, torch.pi, steps + 1)[:, None] * 2.0 ** torch.arange(4)
+        self.register_buffer("time", angle)
         self.register_buffer("one_hot", torch.eye(contexts))
         widths = (dim + 8 + contexts, *hidden)
         layers = [m for i, o in zip(widths, hidden, strict=False) for m in (nn.Linear(i, o), nn.SiLU())]
@@ -161,10 +163,9 @@ def step_kl(mean: Tensor, ref_mean: Tensor, sigma: Tensor, reduce: str = "sum") 
 def sample_chain(
     step: Callable[..., Tensor], params: Tensor, noise: Tensor, context: Tensor, sigma: Tensor
 ) -> tuple:
-    """States x_0 .. x_T (T + 1, B, d) and means of the steps 1 .. T (T, B, d); noise (T + 1, B, d), its last
-    row x_T.
-    """
-    states, means = [noise[-1]], []
+    """States x_0 .. x_T (T + 1, B, d), means of steps 1 .. T (T, B, d); noise (T + 1, B, d) ends in x_T."""
+    states: list[Tensor] = [noise[-1]]
+    means: list[Tensor] = []
     for t in range(len(noise) - 1, 0, -1):
         means.insert(0, step(params, states[0], torch.full_like(context, t), context))
         states.insert(0, means[0] + sigma[t] * noise[t - 1])

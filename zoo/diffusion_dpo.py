@@ -80,11 +80,13 @@ SETTINGS: dict[str, dict] = {"ring": dict(beta=0.2)}
 class Denoiser(nn.Module):
     """x_t (B, d), t (B,) of 1 .. T, context (B,) -> what --predict names (B, d)."""
 
+    time: Tensor
+    one_hot: Tensor
+
     def __init__(self, dim: int, contexts: int, steps: int, hidden: tuple[int, ...]):
         super().__init__()
-        self.register_buffer(
-            "time", torch.linspace(0, 1, steps + 1)[:, None] * torch.pi * 2.0 ** torch.arange(4)
-        )
+        angle = torch.linspace(0, torch.pi, steps + 1)[:, None] * 2.0 ** torch.arange(4)
+        self.register_buffer("time", angle)
         self.register_buffer("one_hot", torch.eye(contexts))
         widths = (dim + 8 + contexts, *hidden)
         layers = [m for i, o in zip(widths, hidden, strict=False) for m in (nn.Linear(i, o), nn.SiLU())]
@@ -145,10 +147,9 @@ def step_kl(mean: Tensor, ref_mean: Tensor, sigma: Tensor, reduce: str = "sum") 
 def sample_chain(
     step: Callable[..., Tensor], params: Tensor, noise: Tensor, context: Tensor, sigma: Tensor
 ) -> tuple:
-    """States x_0 .. x_T (T + 1, B, d) and means of the steps 1 .. T (T, B, d); noise (T + 1, B, d), its last
-    row x_T.
-    """
-    states, means = [noise[-1]], []
+    """States x_0 .. x_T (T + 1, B, d), means of steps 1 .. T (T, B, d); noise (T + 1, B, d) ends in x_T."""
+    states: list[Tensor] = [noise[-1]]
+    means: list[Tensor] = []
     for t in range(len(noise) - 1, 0, -1):
         means.insert(0, step(params, states[0], torch.full_like(context, t), context))
         states.insert(0, means[0] + sigma[t] * noise[t - 1])
@@ -203,7 +204,7 @@ def trajectory_loss(winner: Tensor, loser: Tensor, beta: float) -> tuple[Tensor,
 
 
 def d3po_loss(winner: Tensor, loser: Tensor, beta: float, steps: int) -> tuple[Tensor, Tensor]:
-    """The loss of single steps and the margins (B,); winner and loser: L_t of one step a row (B,)."""
+    """The loss of single steps and their margins; winner and loser: L_t, of any one shape."""
     margin = beta * steps * (winner - loser)
     return -logsigmoid(margin).mean(), margin
 
@@ -246,16 +247,19 @@ def pair_loss(
             x_next = step_mean(eps, x, steps, schedule, "eps")
         else:
             x, x_next = chain[rows, t].flatten(0, 1), chain[rows, t - 1].flatten(0, 1)
-        means = (mean(p, x, steps, context) for p in (params, reference))
-        sides.append(Side(x_next, *means, schedule.sigma[steps]))
+        own, ref = (mean(p, x, steps, context) for p in (params, reference))
+        sides.append(Side(x_next, own, ref, schedule.sigma[steps]))
+    winner, loser = sides
     if args.loss == "standard":
-        loss, margin = standard_loss(*sides, weight[steps], args.beta, schedule.steps)
+        loss, margin = standard_loss(winner, loser, weight[steps], args.beta, schedule.steps)
     elif args.loss == "notes35":
-        loss, margin = notes35_loss(*sides, args.beta)
-    elif args.loss == "trajectory":
-        loss, margin = trajectory_loss(*(side.log_ratio().view_as(t) for side in sides), args.beta)
+        loss, margin = notes35_loss(winner, loser, args.beta)
     else:
-        loss, margin = d3po_loss(*(side.log_ratio() for side in sides), args.beta, schedule.steps)
+        won, lost = winner.log_ratio().view_as(t), loser.log_ratio().view_as(t)
+        if args.loss == "trajectory":
+            loss, margin = trajectory_loss(won, lost, args.beta)
+        else:
+            loss, margin = d3po_loss(won, lost, args.beta, schedule.steps)
     return loss, {"loss": loss, "margin": margin.mean(), "accuracy": (margin > 0).float().mean()}
 
 
@@ -380,7 +384,8 @@ def train(args: Args) -> float:
     every_step = torch.arange(1, args.steps + 1, device=device).expand(size, -1)
 
     while run.step + size <= args.total_steps:
-        params, opt, metrics, step = state.params, state.opt, [], run.step
+        params, opt, step = state.params, state.opt, run.step
+        metrics: list[dict[str, Tensor]] = []
         while (
             len(metrics) < 20 and step + size <= args.total_steps
         ):  # a report of every gradient step would cost
