@@ -17,6 +17,7 @@ Needs the extra `plots`, and `digits` for the digits.
 
 import csv
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -63,12 +64,12 @@ EXPERIMENTS: dict[str, Experiment] = {
     "clip_None": Experiment("ddpo", CLIPPED, 3),
     "ring_return": Experiment("ddpo", "--env ring"),
     "ring_none": Experiment("ddpo", "--env ring --kl none"),
-    "dpo_trajectory": Experiment("diffusion_dpo", "--loss trajectory"),
+    "dpo_trajectory": Experiment("diffusion_dpo", "--loss trajectory --total-steps 81920"),
     "dpo_standard": Experiment("diffusion_dpo", "--loss standard"),
     "dpo_separate": Experiment("diffusion_dpo", "--loss standard --no-shared-noise", 3),
     "dpo_constant": Experiment("diffusion_dpo", "--loss standard --weight constant", 3),
-    "dpo_d3po": Experiment("diffusion_dpo", "--loss d3po", 3),
-    "dpo_notes35": Experiment("diffusion_dpo", "--loss notes35"),
+    "dpo_d3po": Experiment("diffusion_dpo", "--loss d3po --total-steps 81920", 3),
+    "dpo_notes35": Experiment("diffusion_dpo", "--loss notes35 --total-steps 81920"),
     "digits_return": Experiment("ddpo", "--env digits", 3),
     "digits_none": Experiment("ddpo", "--env digits --kl none", 3),
 }
@@ -106,9 +107,12 @@ def run(name: str, seed: int, args: Args) -> str:
     folder, kept = args.runs / name / f"seed_{seed}", args.results / name / f"seed_{seed}.csv"
     if kept.exists():
         return ""
-    done = subprocess.run(command(name, seed, folder), capture_output=True, text=True, cwd=ROOT)
+    path = os.pathsep.join((str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])))
+    environment = {**os.environ, "PYTHONPATH": path}  # this checkout's zoo, whatever is installed
+    line = command(name, seed, folder.absolute())
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=environment)
     if done.returncode:
-        return f"{name} seed {seed}: {done.stderr.strip().splitlines()[-1]}"
+        return f"error: {name} seed {seed}: {done.stderr.strip().splitlines()[-1]}"
     with open(folder / "progress.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if any(row[c] for c in row if c.startswith("eval_"))]
     columns = [column for column in rows[0] if any(row[column] for row in rows)]
@@ -160,8 +164,8 @@ def write_table(results: Path) -> None:
 
 
 def main() -> int:
-    """Run, tabulate and draw; the exit status."""
-    args = tyro.cli(Args, description=__doc__)
+    """Run, tabulate and draw; the exit status: 1 when a run failed, 2 for bad input."""
+    args, failed = tyro.cli(Args, description=__doc__), False
     try:
         if unknown := [name for name in args.only if name not in EXPERIMENTS]:
             raise UsageError(f"--only {unknown[0]}: no such experiment; there are {', '.join(EXPERIMENTS)}")
@@ -175,6 +179,7 @@ def main() -> int:
                 ]
                 for told in pool.map(lambda job: run(job[0], job[1], args), jobs):
                     if told:
+                        failed |= told.startswith("error")
                         print(told, flush=True)
         args.results.mkdir(parents=True, exist_ok=True)
         write_table(args.results)
@@ -185,7 +190,7 @@ def main() -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":
