@@ -146,7 +146,7 @@ def test_pretraining_learns_the_mixtures(predict):
         return 0.5 * (exact.truth.reference - density * cell).abs().sum(-1).mean()
 
     before = distance(params)
-    params = ddpo.pretrain(params, loss, target, schedule, torch.Generator().manual_seed(0), args)
+    params = ddpo.pretrain_denoiser(params, loss, target, schedule, torch.Generator().manual_seed(0), args)
     after = distance(params)
     assert before > 0.5 and after < 0.42
 

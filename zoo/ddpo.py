@@ -260,7 +260,7 @@ class State(NamedTuple):
     generator: torch.Generator
 
 
-def pretrain(
+def pretrain_denoiser(
     params: Tensor, loss: Callable, target: Target, schedule: Schedule, generator: torch.Generator, args: Args
 ) -> Tensor:
     """The parameters after pretraining on the target's own points; loss(params, x0, context, t, eps)."""
@@ -380,7 +380,7 @@ def train(args: Args) -> float:
     generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "noise"))
     if not args.resume:
         first = torch.Generator(device).manual_seed(generator_seed(args.seed, "pretraining"))
-        params = pretrain(params, pretraining, target, schedule, first, args)
+        params = pretrain_denoiser(params, pretraining, target, schedule, first, args)
     state = run.restore(State(params, new_adam(params), params, generator))
     rows = args.num_chains * args.steps
     size, epochs = (rows, 1) if args.method == "score" else (args.minibatch_size, args.num_epochs)

@@ -175,7 +175,7 @@ def pretrain_loss(
     return (error**2).mean()
 
 
-class Pairs(NamedTuple):
+class SamplePairs(NamedTuple):
     """Chains of preferred and of rejected samples (B, T + 1, d), by t, and their contexts (B,)."""
 
     winner: Tensor
@@ -229,7 +229,7 @@ def notes35_loss(winner: Side, loser: Side, beta: float) -> tuple[Tensor, Tensor
 
 
 def pair_loss(
-    params: Tensor, reference: Tensor, pairs: Pairs, t: Tensor, noise: Tensor, mean: Callable,
+    params: Tensor, reference: Tensor, pairs: SamplePairs, t: Tensor, noise: Tensor, mean: Callable,
     schedule: Schedule, weight: Tensor, args: Args,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The loss of a batch of pairs and what to log of it.
@@ -283,7 +283,7 @@ class State(NamedTuple):
     generator: torch.Generator
 
 
-def pretrain(
+def pretrain_denoiser(
     params: Tensor, loss: Callable, target: Target, schedule: Schedule, generator: torch.Generator, args: Args
 ) -> Tensor:
     """The parameters after pretraining on the target's own points; loss(params, x0, context, t, eps)."""
@@ -307,7 +307,7 @@ def pretrain(
 
 def make_pairs(
     mean: Callable, params: Tensor, target: Target, schedule: Schedule, count: int, generator: torch.Generator
-) -> Pairs:
+) -> SamplePairs:
     """Pairs of the model's own chains, the winner drawn from the Bradley-Terry model of the task's reward."""
     context = torch.arange(2 * count, device=params.device) // 2 % target.contexts
     noise = torch.empty(schedule.steps + 1, 2 * count, target.dim, device=params.device)
@@ -317,7 +317,7 @@ def make_pairs(
     chance = (reward[:, 0] - reward[:, 1]).sigmoid()
     first = torch.rand(count, generator=generator, device=params.device) < chance
     winner, loser = (torch.where(side[:, None, None], chains[:, 0], chains[:, 1]) for side in (first, ~first))
-    return Pairs(winner, loser, context[::2])
+    return SamplePairs(winner, loser, context[::2])
 
 
 def check(args: Args) -> None:
@@ -376,7 +376,7 @@ def train(args: Args) -> float:
     generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "noise"))
     if not args.resume:
         first = torch.Generator(device).manual_seed(generator_seed(args.seed, "pretraining"))
-        params = pretrain(params, pretraining, target, schedule, first, args)
+        params = pretrain_denoiser(params, pretraining, target, schedule, first, args)
     state = run.restore(State(params, new_adam(params), params, generator))
     own = torch.Generator(device).manual_seed(generator_seed(args.seed, "pairs"))
     pairs = make_pairs(mean, state.reference, target, schedule, args.num_pairs, own)
@@ -398,7 +398,7 @@ def train(args: Args) -> float:
             noise = torch.empty(2, *t.shape, target.dim, device=device).normal_(generator=generator)
             if args.shared_noise:
                 noise = noise[:1].expand(2, -1, -1, -1)
-            batch = Pairs(*(x[row] for x in pairs))
+            batch = SamplePairs(*(x[row] for x in pairs))
             params, opt, info = update(params, opt, state.reference, batch, t, noise, rate)
             metrics.append(info)
             step += size
