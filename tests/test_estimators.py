@@ -4,16 +4,11 @@ of the whole."""
 import csv
 import math
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import estimators
 import pytest
 import torch
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import estimators
 
 from zoo import ppo
 

@@ -29,9 +29,9 @@ from zoo import actor_critic, ppo, reinforce, sac, trpo
 from zoo.common.errors import UsageError
 
 # What a run leaves behind, without torch. Its evaluation is 10 x seed^2 + rate, checkpoints come every 300
-# steps.
+# steps, its agent.pt was made before.
 STUB = """
-import argparse, dataclasses, fcntl, json, os, signal, sys, time
+import argparse, dataclasses, fcntl, json, os, shutil, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,8 +94,10 @@ if __name__ == "__main__":
 
     signal.signal(signal.SIGINT, interrupted)
     for step in range(start + 1, args.total_steps + 1):
-        last = step == args.total_steps evaluation = f"{10 * args.seed**2 + args.rate},1.25" if last else
-        f"{step},2" if step % 450 == 0 else "," with open(table, "a") as file:
+        evaluation = f"{step},2" if step % 450 == 0 else ","
+        if step == args.total_steps:
+            evaluation = f"{10 * args.seed**2 + args.rate},1.25"
+        with open(table, "a") as file:
             file.write(f"{step},{step / 300:.10g},{300 + args.seed},12.3456789,9,{evaluation},0.123456789\\n")
         if step % 300 == 0:
             checkpoint.write_text(str(step))
@@ -104,7 +106,7 @@ if __name__ == "__main__":
                 sys.exit(1)
             while os.environ.get("STUB_HANG"):
                 time.sleep(0.02)
-    (folder / "agent.pt").write_text("trained")
+    shutil.copy(Path(__file__).with_name(f"agent_{args.seed}.pt"), folder / "agent.pt")
 """
 
 

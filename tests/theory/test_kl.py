@@ -2,6 +2,7 @@
 items 27 to 31."""
 
 import itertools
+from types import SimpleNamespace
 
 import exact
 import pytest
@@ -110,20 +111,8 @@ def test_27_the_agents_own_k3():
     for kind in ("kl", "adaptive-kl"):
         close(ppo.policy_loss(log_ratio.exp(), log_ratio, zeros, one, kind, 0.2), k3(log_ratio).mean())
     old = ppo.Categorical(OLD.expand(4, -1))
-
-    class Args:
-        normalize_advantages, surrogate, clip, value_clip, value_coef, entropy_coef = (
-            False,
-            "clip",
-            0.2,
-            None,
-            0.0,
-            0.0,
-        )
-
-    batch = ppo.Batch(None, EVERY, old.log_prob(EVERY), *torch.zeros(3, 4, dtype=F64))
-    forward = lambda x, _: (ppo.Categorical(x.expand(4, -1)), torch.zeros(4, dtype=F64))
-    found = ppo.ppo_loss(PI, batch, one, forward, Args)[1]["approx_kl"]
+    batch = ppo.Batch(EVERY, EVERY, old.log_prob(EVERY), *torch.zeros(3, 4, dtype=F64))
+    found = ppo.approx_kl(SimpleNamespace(policy=lambda _: ppo.Categorical(PI.expand(4, -1))), batch)
     close(found, k3(log_prob(PI) - log_prob(OLD)).mean())
     close(log_prob(OLD).exp() @ k3(log_prob(PI) - log_prob(OLD)), categorical_kl(OLD, PI))
 

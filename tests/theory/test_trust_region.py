@@ -41,7 +41,7 @@ def surrogates(mdp, logits_old, normalised=False):
 
     def trust_region(logits):
         batch = trpo.PolicyBatch(state, action, trpo.Categorical(old.logits), advantage * scale)
-        return trpo.surrogate(logits, batch, lambda x, s: (trpo.Categorical(x[0][s]), None))[0]
+        return trpo.surrogate(lambda x, s: (trpo.Categorical(x[0][s]), None), logits, batch)[0]
 
     return {"unclipped": clipped("unclipped"), "clip": clipped("clip"), "trpo": trust_region}
 
@@ -176,7 +176,7 @@ def test_24_the_constraint_is_a_quadratic_near_the_old_policy():
         return trpo.Categorical(x.view(4, 3)[state]), None
 
     state = torch.arange(4)
-    quadratic = step @ trpo.fisher_product(theta, state, step, forward) / 2
+    quadratic = step @ trpo.fisher_product(forward, theta, state, step) / 2
     for size in (1e-2, 1e-3):
         true = trpo.kl(forward(theta, state)[0], forward(theta + size * step, state)[0]).mean() / size**2
         assert true.item() == pytest.approx(quadratic.item(), rel=3 * size)
