@@ -602,8 +602,8 @@ FIGURES: dict[str, tuple[str, str, tuple[Panel, ...]]] = {
     ),
     "baselines": (
         "Which baseline lowers the variance most?",
-        "Return to go less a baseline: nothing, the other episodes' mean return, the best constant, the agent's "
-        "V, a better V.",
+        "Return to go less a baseline: nothing, the other episodes' mean return, the best constant, the "
+        "agent's V, a better V.",
         (VARIANCE, COSINE),
     ),
     "gae": (
@@ -618,15 +618,15 @@ FIGURES: dict[str, tuple[str, str, tuple[Panel, ...]]] = {
     ),
     "importance": (
         "How far may a policy move before its old episodes are of no use?",
-        "Episodes of the old policy, reweighted for one moved along the gradient; reference: the new policy's "
-        "own episodes (of which their own batches are a part). What leaves the axis has vanished with the "
+        "Episodes of the old policy, reweighted for one moved along the gradient; reference: the new "
+        "policy's own episodes (of which their own batches are a part). What leaves the axis has vanished with the "
         "product of its ratios.",
         (COSINE, VARIANCE, Panel("effective sample size", "effective sample size\n/ samples")),
     ),
     "kl_value": (
         "Is k2's bias worth its small spread, and is k3 the best of both?",
-        "One action's estimate of KL(π || ref) on the agent's states, ref moved along the gradient; both over "
-        "the KL.",
+        "One action's estimate of KL(π || ref) on the agent's states, ref moved along the gradient; both "
+        "over the KL.",
         (Panel("bias", "bias / KL", False), Panel("std", "standard deviation / KL")),
     ),
     "kl_gradient": (

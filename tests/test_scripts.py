@@ -13,20 +13,19 @@ import sys
 import time
 from pathlib import Path
 
-import imageio.v3 as imageio
-import pytest
-import torch
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
 import benchmark
 import evaluate
+import imageio.v3 as imageio
+import pytest
 import speed
+import torch
 import watch
 
 from zoo import actor_critic, ppo, reinforce, sac, trpo
 from zoo.common.errors import UsageError
+from zoo.common.files import save_checkpoint
+
+SCRIPTS = Path(benchmark.__file__).parent
 
 # What a run leaves behind, without torch. Its evaluation is 10 x seed^2 + rate, checkpoints come every 300
 # steps, its agent.pt was made before.
@@ -115,6 +114,11 @@ def bench(tmp_path):
     """Calls benchmark.main on the stub; .calls() are the runs really started."""
     (tmp_path / "agents").mkdir()
     (tmp_path / "agents" / "stub.py").write_text(STUB)
+    for seed in range(1, 6):
+        args = dict(env="CartPole-v1", seed=seed, total_steps=900, rate=0.5, hidden=(4, 4), threads=1)
+        args |= dict(env_threads=1, eval_episodes=3, progress=False, run_dir=str(tmp_path), resume=None)
+        content = {"agent": "stub", "env": "CartPole-v1", "args": args, "state": {"seed": seed}}
+        save_checkpoint(tmp_path / "agents" / f"agent_{seed}.pt", content)
     benchmark.load_agent.cache_clear()
 
     class Bench:
@@ -148,6 +152,8 @@ def bench(tmp_path):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(benchmark, "POLL", 0.01)
+    known = {"abc", "def"}  # the stub's commits
+    monkeypatch.setattr(benchmark, "is_in_history", lambda commit, repository: commit in known)
 
 
 def test_results_hold_statistics_curves_and_provenance(bench, capsys):
@@ -340,9 +346,8 @@ def test_thinning_keeps_evaluations_the_first_and_the_last():
     evaluated = [{"step": str(i), "eval_return": "1"} for i in range(300)]
     assert benchmark.thin(evaluated) == evaluated
     assert benchmark.thin([*evaluated, rows[0]])[-1] == rows[0]
-    assert (benchmark.rounded("step", "12345678"), benchmark.rounded("loss", "12345678"), benchmark.rounded("loss", "")) == (
-        "12345678", "1.23457e+07", "",
-    )  # fmt: skip
+    assert benchmark.rounded("step", "12345678") == "12345678"
+    assert [benchmark.rounded("loss", cell) for cell in ("12345678", "")] == ["1.23457e+07", ""]
 
 
 @pytest.mark.parametrize(
@@ -377,8 +382,8 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "run"
     ppo.train(
         ppo.Args(
-            env="CartPole-v1", seed=3, num_envs=4, num_steps=32, num_epochs=1, total_steps=256, compile=False, env_threads=1,
-            eval_episodes=4, progress=False, run_dir=str(folder),
+            env="CartPole-v1", seed=3, num_envs=4, num_steps=32, num_epochs=1, total_steps=256,
+            compile=False, env_threads=1, eval_episodes=4, progress=False, run_dir=str(folder),
         )
     )  # fmt: skip
     return folder
