@@ -619,8 +619,8 @@ FIGURES: dict[str, tuple[str, str, tuple[Panel, ...]]] = {
     "importance": (
         "How far may a policy move before its old episodes are of no use?",
         "Episodes of the old policy, reweighted for one moved along the gradient; reference: the new "
-        "policy's own episodes (of which their own batches are a part). What leaves the axis has vanished with "
-        "the product of its ratios.",
+        "policy's own episodes (of which their own batches are a part). What leaves the axis has vanished "
+        "with the product of its ratios.",
         (COSINE, VARIANCE, Panel("effective sample size", "effective sample size\n/ samples")),
     ),
     "kl_value": (
