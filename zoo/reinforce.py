@@ -360,23 +360,23 @@ def policy_at(net: ActorCritic, obs_stats: Stats) -> Callable[[np.ndarray], Gaus
 
 def credit(
     net: ActorCritic, episodes: Episodes, obs_stats: Stats, return_stats: Stats, args: Args
-) -> tuple[Episodes, Tensor, Tensor, Stats]:
-    """Episodes as the networks see them, returns and V (T, N) in one unit, and the statistics with them.
+) -> tuple[Episodes, Tensor, Tensor, Tensor, Stats]:
+    """Episodes as the networks see them, returns and V (T, N), their unit (), and the statistics with them.
 
-    The unit is the standard deviation of the returns of earlier batches, which is the one V was fitted in:
-    with an episode's own return in it, a large one would count for less. The first batch has only its own.
+    The unit is the standard deviation of the returns of earlier batches, which V is fitted in: with an
+    episode's own return in it, a large one would count for less. The first batch has only its own.
     """
-    scale, tail = return_scale(return_stats), torch.zeros_like(episodes.reward[0])
+    unit, tail = return_scale(return_stats), torch.zeros_like(episodes.reward[0])
     seen = episodes._replace(obs=normalize(episodes.obs, obs_stats))
-    value = scale * net.value(seen.obs)
+    value = unit * net.value(seen.obs)
     if args.baseline == "value":
-        tail = scale * net.value(normalize(episodes.last_obs, obs_stats)) * episodes.truncated
+        tail = unit * net.value(normalize(episodes.last_obs, obs_stats)) * episodes.truncated
     return_ = returns_to_go(episodes.reward, episodes.alive, tail, args.gamma)
     if args.scale_returns:
         first = return_stats["count"] == 0
         return_stats = update_stats(return_stats, return_[episodes.alive])
-        scale = torch.where(first, return_scale(return_stats), scale)
-    return seen, return_ / scale, value / scale, return_stats
+        unit = torch.where(first, return_scale(return_stats), unit)
+    return seen, return_, value, unit, return_stats
 
 
 def acting(state: State) -> dict:
@@ -443,14 +443,17 @@ def train(args: Args) -> float:
             learning_rate = torch.tensor(args.learning_rate * remaining, device=device)
             seeds = env_seeds(args.seed, "environments", args.num_envs, step)  # new episodes for every batch
             episodes, returns = collect_episodes(envs, seeds, policy_at(net, obs_stats), generator)
-            seen, return_, value, return_stats = credit(net, episodes, obs_stats, return_stats, args)
-            gradient, advantage = policy_gradient(partial(score_sum, params), seen, return_, value, args)
+            seen, return_, value, unit, return_stats = credit(net, episodes, obs_stats, return_stats, args)
+            gradient, advantage = policy_gradient(
+                partial(score_sum, params), seen, return_ / unit, value / unit, args
+            )
             params, opt = adam(params, -gradient, opt, learning_rate)
             log = {"entropy": net.policy(seen.obs[seen.alive]).entropy().mean()}
             log |= {"grad_norm": gradient.norm(), "advantage_std": advantage[seen.alive].std(correction=0)}
             if args.baseline == "value":
+                unit = return_scale(return_stats)  # the next batch's
                 params, value_opt, metrics = improve_value(
-                    fit, params, value_opt, seen, return_, value, args, generator
+                    fit, params, value_opt, seen, return_ / unit, value / unit, args, generator
                 )
                 log |= metrics
             if args.normalize_obs:
