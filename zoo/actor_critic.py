@@ -220,8 +220,13 @@ def gae(
 
 
 def effective_sample_size(weight: Tensor) -> Tensor:
-    """(sum w)^2 / (n sum w^2) of importance weights (n,): from 1 / n, where one outweighs all, to 1."""
-    return weight.sum() ** 2 / (len(weight) * (weight**2).sum())
+    """(sum w)^2 / (n sum w^2) of importance weights (n,): from 1 / n, where one outweighs all, to 1.
+
+    0 where all are 0.
+    """
+    tiny = torch.finfo(weight.dtype).tiny
+    weight = weight / weight.amax().clamp(min=tiny)  # squares of very small or large ones do not fit float32
+    return weight.sum() ** 2 / (len(weight) * (weight**2).sum()).clamp(min=tiny)
 
 
 # --- losses -------------------------------------------------------------------------------------------------

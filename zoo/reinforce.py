@@ -403,8 +403,8 @@ def check(args: Args) -> None:
     )
     require(
         args.baseline not in ("mean", "optimal") or args.num_envs > 1,
-        f"--num-envs must be at least 2, not {args.num_envs}, for --baseline {args.baseline}: it is taken from "
-        "a batch's other episodes",
+        f"--num-envs must be at least 2, not {args.num_envs}: "
+        f"--baseline {args.baseline} is taken from a batch's other episodes",
     )
     require(
         args.returns == "to-go" or not args.discount_weight,
