@@ -545,12 +545,19 @@ def test_batches_begin_differently_and_the_learning_rate_falls(tmp_path, spy):
     assert len(set(firsts)) == len(firsts) >= 4
 
 
-def test_reports_gather_short_episodes(tmp_path, in_turn):
-    """Batches of three steps, reported every 90: as many lines as that, not one a batch."""
+def test_reports_gather_short_episodes(tmp_path, in_turn, monkeypatch):
+    """Batches of three steps, reported every 90: as many lines as that, not one a batch, of all episodes."""
+    report, reported = reinforce.Run.report, []
+
+    def count(self, step, state, acting, metrics, episodes):
+        reported.append(episodes)
+        report(self, step, state, acting, metrics, episodes)
+
+    monkeypatch.setattr(reinforce.Run, "report", count)
     args = small(tmp_path, "probe/Scripted-v0", num_envs=2, total_steps=900, baseline="mean", report_every=90)
     reinforce.train(args)
     assert [int(row["step"]) for row in rows(tmp_path)] == list(range(90, 901, 90))
-    assert {row["train_length"] for row in rows(tmp_path)} == {"1.5"}
+    assert reported == [[(3.0, 2), (3.0, 1)] * 30] * 10
     assert Args().report_every >= 1000  # 50 lines and no more in 50,000 steps
 
 
