@@ -552,14 +552,14 @@ def test_value_clip_holds_v_near_the_rollouts_in_all_epochs(tmp_path, recompute)
         folder = tmp_path / str(value_clip)
         args = small(
             folder, "probe/ConstantValue-v0", value_clip=value_clip, recompute_advantages=recompute,
-            minibatch_size=16, num_epochs=20, learning_rate=3e-3, total_steps=128, value_coef=1.0,
+            minibatch_size=16, num_epochs=20, learning_rate=1e-3, total_steps=128, value_coef=1.0,
         )  # fmt: skip
         torch.manual_seed(ppo.generator_seed(args.seed, "network"))
         with make_envs(args.env, 1) as envs:
             before = ppo.ActorCritic(envs, args.hidden, args.log_std, args.shared_network)
         value, _ = learnt(args)
         moved[value_clip] = abs(value(0)[0] - before.value(torch.zeros(1, 1)).item())
-    assert moved[None] > 0.5 and moved[0.02] < 0.1, moved
+    assert moved[None] > 0.5 and moved[0.02] < 0.06, moved
 
 
 def test_a_coefficient_set_in_mid_run_counts_compiled_and_eagerly(tmp_path, monkeypatch, capsys):
@@ -647,11 +647,11 @@ def test_a_task_on_which_all_rewards_are_equal_and_the_critic_becomes_exact(tmp_
 @pytest.mark.parametrize("normalize_advantages", [True, False])
 @pytest.mark.parametrize("surrogate", ["clip", "kl", "unclipped"])
 def test_updates_of_degenerate_batches_are_finite_and_small(surrogate, normalize_advantages, scale):
-    """Advantages all equal, a critic that is exact and, with logits of +-1e4, a policy that has no entropy."""
+    """Advantages all equal, an exact critic and, with logits of +-1e4, a policy that has no entropy."""
     args = Args(surrogate=surrogate, normalize_advantages=normalize_advantages, entropy_coef=0.01)
     rng = torch.Generator().manual_seed(0)
     obs = torch.randn(B, D, generator=rng).sign()
-    params = torch.cat((scale * torch.randn(D * A, generator=rng).sign(), torch.zeros(A), torch.ones(D)))
+    params = torch.cat((scale * torch.randn(D * A, generator=rng), torch.zeros(A), torch.ones(D)))
     forward = linear_forward(discrete=True)
     dist, value = forward(params, obs)
     old_log_prob = dist.log_prob(dist.mode())
