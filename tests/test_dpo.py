@@ -1,0 +1,150 @@
+"""DPO on tokens: the loss by hand, its gradient's weight, rounds, variants, the command line."""
+
+import pytest
+import torch
+from command import rows, run, run_apart
+from torch.func import grad
+from torch.nn.functional import logsigmoid
+
+from zoo import dpo
+from zoo.common.errors import UsageError
+
+
+def tables():
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(4, 6, generator=g).unbind()
+
+
+def test_loss_by_hand():
+    chosen, rejected, ref_chosen, ref_rejected = tables()
+    found, metrics = dpo.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.3, 0.0)
+    difference = 0.3 * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    torch.testing.assert_close(found, -logsigmoid(difference).mean())
+    torch.testing.assert_close(metrics["accuracy"], (difference > 0).float().mean())
+    torch.testing.assert_close(metrics["chosen_reward"] - metrics["rejected_reward"], difference.mean())
+    smoothed = dpo.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.3, 0.2)[0]
+    torch.testing.assert_close(
+        smoothed, (-0.8 * logsigmoid(difference) - 0.2 * logsigmoid(-difference)).mean()
+    )
+
+
+def test_the_gradient_and_its_weight():
+    """S0 (34): -beta sigmoid(R_l - R_w) for the chosen log-probability, the opposite for the rejected."""
+    chosen, rejected, ref_chosen, ref_rejected = tables()
+    loss = lambda c, r: dpo.dpo_loss(c, r, ref_chosen, ref_rejected, 0.3, 0.0)[0]  # noqa: E731
+    up, down = grad(loss, argnums=(0, 1))(chosen, rejected)
+    weight = (-0.3 * ((chosen - ref_chosen) - (rejected - ref_rejected))).sigmoid()
+    torch.testing.assert_close(up, -0.3 * weight / 6)
+    torch.testing.assert_close(down, 0.3 * weight / 6)
+    metrics = dpo.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.3, 0.0)[1]
+    torch.testing.assert_close(metrics["gradient_weight"], weight.mean())
+
+
+def test_what_is_constant_over_a_prompts_responses_cancels():
+    """As log Z does."""
+    chosen, rejected, ref_chosen, ref_rejected = tables()
+    shifted = dpo.dpo_loss(chosen, rejected, ref_chosen + 5, ref_rejected + 5, 0.3, 0.0)[0]
+    torch.testing.assert_close(shifted, dpo.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.3, 0.0)[0])
+
+
+def test_sequence_log_prob_counts_the_response_only():
+    log_prob = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -50.0, -60.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    assert dpo.sequence_log_prob(log_prob, mask, mean=False).tolist() == [-6.0, -4.0]
+    assert dpo.sequence_log_prob(log_prob, mask, mean=True).tolist() == [-2.0, -4.0]
+
+
+# --- runs ---------------------------------------------------------------------------------------------------
+
+TINY = (
+    "--dim", "8", "--heads", "2", "--batch-size", "32", "--eval-episodes", "64", "--no-progress",
+    "--digits", "3", "--supervised-steps", "4", "--comparisons", "128", "--total-steps", "256", "--no-anneal",
+)  # fmt: skip
+
+
+def policy(folder):
+    return torch.load(folder / "agent.pt", weights_only=True)["state"]["params"]
+
+
+def test_a_run_lowers_its_loss_and_repeats_itself(tmp_path):
+    more = ("--total-steps", "2048", "--learning-rate", "1e-2")
+    for name in ("one", "two"):
+        run(dpo, *TINY, *more, "--run-dir", str(tmp_path / name))
+    run(dpo, *TINY, *more, "--seed", "2", "--run-dir", str(tmp_path / "other"))
+    one, two, other = (rows(tmp_path / name) for name in ("one", "two", "other"))
+    assert one == two != other
+    assert float(one[-1]["dpo_loss"]) < 0.9 * float(one[0]["dpo_loss"])
+    assert float(one[0]["dpo_loss"]) == pytest.approx(0.6931, abs=1e-3)  # log 2: the policy is the reference
+    assert one[-1]["eval_exact"] and one[-1]["eval_kl"] and one[-1]["chosen_log_prob"]
+
+
+@pytest.mark.parametrize("half", ["64", "128", "192"])
+def test_a_resumed_run_ends_where_one_in_one_go_does(half, tmp_path):
+    """Two rounds of 128 visits: stopped within the first, between them, within the second."""
+    run(dpo, *TINY, "--online", "2", "--run-dir", str(tmp_path / "whole"))
+    assert len({row["round"] for row in rows(tmp_path / "whole")}) == 2
+    folder = str(tmp_path / "half")
+    with pytest.raises(KeyboardInterrupt):
+        stopped_at(int(half), *TINY, "--online", "2", "--run-dir", folder)
+    run(dpo, "--resume", folder)
+    assert torch.equal(policy(tmp_path / "half"), policy(tmp_path / "whole"))
+
+
+def test_later_rounds_are_written_by_the_policy_of_then(tmp_path):
+    """In the one round of the offline method by the reference."""
+    for rounds in ("1", "2"):
+        run(dpo, *TINY, "--online", rounds, "--run-dir", str(tmp_path / rounds))
+        state = torch.load(tmp_path / rounds / "checkpoint.pt", weights_only=True)["state"]
+        assert torch.equal(state["writer"], state["ref"]) == (rounds == "1")
+        assert not torch.equal(state["writer"], state["params"])
+
+
+def stopped_at(step, *arguments):
+    """A run that is interrupted, and saves, when it reports `step`."""
+    report = dpo.Run.report
+
+    def interrupted(self, now, state, *rest):
+        if now == step:
+            self._saved_at = -1e9  # a checkpoint is due
+        report(self, now, state, *rest)
+        if now == step:
+            self.close()
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dpo.Run, "report", interrupted)
+        run(dpo, *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--length-norm",), ("--reference-free",), ("--label-smoothing", "0.3"), ("--online", "4")]
+)
+def test_variants_run(arguments, tmp_path):
+    """... and learn something else than the defaults; Add, for responses of different lengths."""
+    add = (*TINY, "--env", "Add", "--digits", "2")
+    run(dpo, *add, *arguments, "--run-dir", str(tmp_path / "one"))
+    run(dpo, *add, "--run-dir", str(tmp_path / "two"))
+    assert not torch.equal(policy(tmp_path / "one"), policy(tmp_path / "two"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--beta", "0"), "--beta must be greater than 0, not 0"),
+        (("--label-smoothing", "0.5"), "--label-smoothing.*0.5"),
+        (("--online", "8"), "--comparisons 128.*--online"),
+        (("--total-steps", "20"), "--total-steps 20.*batch of 32"),
+        (("--heads", "3"), "--heads 3.*--dim 8"),
+        (("--env", "Hopper-v4"), "--env Hopper-v4.*Count, Sort, Add"),
+    ],
+)
+def test_bad_input_is_refused(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=words):
+        run(dpo, *TINY, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_is_told_in_one_line():
+    done = run_apart("dpo", "--beta", "0")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--beta" in done.stderr

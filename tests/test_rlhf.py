@@ -1,0 +1,366 @@
+"""RLHF on tokens: the GPT and its cache, masks, estimators and losses by hand, the stages."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from command import rows, run, run_apart
+from torch.func import grad
+from torch.nn.functional import logsigmoid
+
+from zoo import rlhf
+from zoo.common.errors import UsageError
+from zoo.common.tokens import Add, Count, Sort
+from zoo.rlhf import Args, Responses, at_responses, generate, gumbel, log_probs, reward_scores
+
+CPU = torch.device("cpu")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def network(task, outputs=None, **settings):
+    torch.manual_seed(0)
+    args = SimpleNamespace(**dict(dim=16, layers=2, heads=2, reference_scale=3.0) | settings)
+    return rlhf.make_network(task, args, outputs or task.vocab, CPU)
+
+
+def written(task, count=32, seed=0):
+    """A network, prompts, and responses it wrote with their log-probabilities."""
+    params, policy = network(task)
+    prompt = task.prompts(count, generator(seed))
+    noise = gumbel(count, task.response_length, task.vocab, generator=generator(seed + 1))
+    return params, policy, prompt, *generate(policy, params, prompt, noise, task.end)
+
+
+# --- the network --------------------------------------------------------------------------------------------
+
+
+def test_the_cache_changes_nothing():
+    """Token by token with a cache, and all at once: the same outputs."""
+    params, policy = network(Sort(4))
+    tokens = torch.randint(12, (8, 9), generator=generator())
+    whole = policy(params, tokens)[0]
+    part, past = policy(params, tokens[:, :5])
+    found = [part]
+    for t in range(5, 9):
+        one, past = policy(params, tokens[:, t : t + 1], past)
+        found.append(one)
+    torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_no_output_sees_a_later_token():
+    params, policy = network(Sort(4))
+    one, two = torch.randint(12, (2, 8, 9), generator=generator())
+    mixed = torch.cat((one[:, :5], two[:, 5:]), 1)
+    assert torch.equal(policy(params, one)[0][:, :5], policy(params, mixed)[0][:, :5])
+    assert not torch.equal(policy(params, one)[0][:, 5:], policy(params, mixed)[0][:, 5:])
+
+
+@pytest.mark.parametrize("task", [Sort(4), Add(2), Count(end_token=True)], ids=lambda t: t.name)
+def test_sampled_log_probabilities_equal_recomputed_ones(task):
+    params, policy, prompt, response, log_prob = written(task)
+    mask = task.mask(response)
+    torch.testing.assert_close(
+        log_prob * mask, log_probs(policy, params, prompt, response) * mask, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_responses_follow_the_policys_probabilities():
+    """40,000 responses, each of 16 as often as the policy says, within 4.5 standard errors."""
+    task = Count(vocab=4, length=2, num_prompts=1)
+    params, policy = network(task, reference_scale=1.0)
+    prompt = task.prompts(40_000, generator())
+    noise = gumbel(40_000, 2, 4, generator=generator(1))
+    response, _ = generate(policy, params, prompt, noise, None)
+    chance = log_probs(policy, params, *task.everything()).sum(-1).exp()
+    found = torch.bincount(response[:, 0] * 4 + response[:, 1], minlength=16) / 40_000
+    assert chance.sum().item() == pytest.approx(1, abs=1e-5) and 0.002 < chance.min() < chance.max() / 3
+    assert ((found - chance).abs() < 4.5 * (chance * (1 - chance) / 40_000).sqrt()).all()
+
+
+def test_without_noise_the_likeliest_token_is_written():
+    task = Add(2)
+    params, policy = network(task)
+    prompt = task.prompts(16, generator())
+    response, _ = generate(policy, params, prompt, torch.zeros(16, 4, 12), task.end)
+    likeliest = at_responses(policy, params, prompt, response).argmax(-1)
+    mask = task.mask(response)
+    assert torch.equal(response[mask], likeliest[mask])
+
+
+def test_after_the_end_token_only_end_tokens_stand():
+    task = Count(end_token=True)
+    _, _, _, response, _ = written(task, 200)
+    mask = task.mask(response)
+    assert (~mask).any() and (response[~mask] == task.end).all()
+
+
+def test_padding_changes_nothing_bit_for_bit():
+    """What stands beyond a response's end reaches no log-probability, score, value, loss or gradient."""
+    task = Count(end_token=True)
+    params, policy, prompt, response, log_prob = written(task, 64)
+    model, critic = network(task, 1)
+    mask = task.mask(response)
+    other = torch.where(mask, response, torch.randint(8, response.shape, generator=generator(9)))
+    assert not torch.equal(other, response)
+    assert torch.equal(*(log_probs(policy, params, prompt, r) * mask for r in (response, other)))
+    assert torch.equal(*(reward_scores(critic, model, prompt, r, mask) for r in (response, other)))
+    assert torch.equal(
+        *(at_responses(critic, model, prompt, r).squeeze(-1) * mask for r in (response, other))
+    )
+    value = at_responses(critic, model, prompt, response).squeeze(-1).detach()
+    reward = rlhf.token_rewards(torch.ones(64), 0.3 * log_prob, mask, 0.5)
+    junk = torch.where(mask, 0.0, 1e3)  # beyond the end
+    advantages = [rlhf.response_advantages(reward, value + j, mask, 1.0, 0.9) for j in (0, junk)]
+    assert torch.equal(*advantages)
+
+    def loss(params, response, junk):
+        new = log_probs(policy, params, prompt, response)
+        batch = Responses(
+            prompt, response, mask, log_prob - junk, log_prob - 0.1 + junk, advantages[0], value
+        )
+        return rlhf.rlhf_loss(
+            new + 0.01, value + 0.5 + junk, batch, Args(env="Count", kl_in="loss", kl="k3")
+        )[0]
+
+    assert torch.equal(grad(loss)(params, response, 0 * junk), grad(loss)(params, other, junk))
+
+
+def test_a_score_is_read_at_the_last_token_of_each_response():
+    """S3 (50), E14: not at the end of the padded row, and behind the last token, not before it."""
+    task = Count(end_token=True)
+    _, _, prompt, response, _ = written(task, 64)
+    params, model = network(task, 1)
+    mask = task.mask(response)
+    found = reward_scores(model, params, prompt, response, mask)
+    for i, length in enumerate(mask.sum(-1).tolist()):
+        alone = model(params, torch.cat((prompt[i : i + 1], response[i : i + 1, :length]), 1))[0][0, -1, 0]
+        assert found[i].item() == pytest.approx(alone.item(), abs=1e-5)
+    assert len(mask.sum(-1).unique()) > 1
+
+
+# --- estimators and losses ----------------------------------------------------------------------------------
+
+
+def test_token_rewards_by_hand():
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    kl = torch.tensor([[1.0, 2.0, 3.0], [4.0, 9.0, 9.0]])
+    found = rlhf.token_rewards(torch.tensor([10.0, 20.0]), kl, mask, 0.5)
+    assert found.tolist() == [[-0.5, -1.0, 8.5], [18.0, 0.0, 0.0]]
+
+
+def test_advantages_by_hand():
+    """gamma .5, lambda .5; the shorter response ends after its first token."""
+    mask = torch.tensor([[True, True], [True, False]])
+    reward, value = torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[0.5, 4.0], [1.0, 7.0]])
+    found = rlhf.response_advantages(reward, value, mask, 0.5, 0.5)
+    assert found.tolist() == [[1 + 0.5 * 4 - 0.5 + 0.25 * (2 - 4), -2.0], [2.0, 0.0]]
+
+
+def test_with_lambda_1_and_no_value_an_advantage_is_the_return_to_go():
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    reward = torch.randn(3, 4, generator=generator())
+    found = rlhf.response_advantages(reward, torch.zeros(3, 4), mask, 1.0, 1.0)
+    torch.testing.assert_close(found, reward.flip(-1).cumsum(-1).flip(-1))
+
+
+def test_ranking_loss_by_hand():
+    """A pair: -log sigmoid(difference). Three: the mean over the three pairs."""
+    pair = torch.tensor([[1.5, 0.5], [0.0, 2.0]])
+    loss, metrics = rlhf.ranking_loss(pair)
+    torch.testing.assert_close(loss, -logsigmoid(torch.tensor([1.0, -2.0])).mean())
+    assert metrics["accuracy"] == 0.5
+    three = torch.tensor([[2.0, 1.0, -1.0]])
+    torch.testing.assert_close(rlhf.ranking_loss(three)[0], -logsigmoid(torch.tensor([1.0, 3.0, 2.0])).mean())
+
+
+def test_rlhf_loss_by_hand():
+    """One response of two tokens, one of one: the means are over three tokens."""
+    mask = torch.tensor([[True, True], [True, False]])
+    old = torch.tensor([[-1.0, -2.0], [-0.5, 0.0]])
+    new = old + torch.tensor([[0.5, -0.1], [-0.4, 5.0]])
+    advantage = torch.tensor([[1.0, 2.0], [-1.0, 0.0]])
+    value, return_ = torch.tensor([[1.0, 0.0], [2.0, 9.0]]), torch.tensor([[0.0, 0.0], [4.0, 0.0]])
+    batch = Responses(None, None, mask, old, old - 0.2, advantage, return_)
+    args = Args(env="Count", clip=0.2, value_coef=0.5, beta=2.0, kl_in="loss", kl="k2")
+    loss, metrics = rlhf.rlhf_loss(new, value, batch, args)
+    ratio = torch.tensor([0.5, -0.1, -0.4]).exp()
+    policy = -(1.2 * 1 + ratio[1] * 2 - 0.8) / 3  # the first clipped above, the last below
+    squared = (1 + 0 + 4) / 3
+    kl = sum((d + 0.2) ** 2 / 2 for d in (0.5, -0.1, -0.4)) / 3
+    assert metrics["policy_loss"].item() == pytest.approx(policy.item(), rel=1e-5)
+    assert metrics["clipfrac"].item() == pytest.approx(2 / 3)
+    assert loss.item() == pytest.approx(policy.item() + 0.5 * squared + 2 * kl, rel=1e-5)
+
+
+def test_the_reward_models_gradient_reaches_the_reward_model_only():
+    """Neither does PPO's loss reach the reward model, nor the ranking loss the policy that wrote."""
+    task = Count()
+    params, policy, prompt, response, _ = written(task, 8)
+    model_params, model = network(task, 1)
+    mask = task.mask(response)
+
+    def paid(both):
+        policy_params, member = both.split((len(params), len(model_params)))
+        score = reward_scores(model, member, prompt, response, mask)
+        ranking = rlhf.ranking_loss(score.view(-1, 2))[0]
+        return ranking + 0 * log_probs(policy, policy_params, prompt, response).sum()
+
+    found = grad(paid)(torch.cat((params, model_params)))
+    assert (found[: len(params)] == 0).all() and found[len(params) :].abs().max() > 0
+
+    def ppo(both):
+        policy_params, member = both.split((len(params), len(model_params)))
+        reward = rlhf.token_rewards(
+            reward_scores(model, member, prompt, response, mask).detach(), 0.0 * mask, mask, 0.0
+        )
+        log_prob = log_probs(policy, policy_params, prompt, response)
+        batch = Responses(prompt, response, mask, log_prob.detach(), log_prob.detach(), reward, reward)
+        return rlhf.rlhf_loss(log_prob, 0 * reward, batch, Args(env="Count"))[0]
+
+    found = grad(ppo)(torch.cat((params, model_params)))
+    assert (found[len(params) :] == 0).all() and found[: len(params)].abs().max() > 0
+
+
+# --- runs ---------------------------------------------------------------------------------------------------
+
+TINY = ("--dim", "8", "--heads", "2", "--batch-size", "32", "--eval-episodes", "64", "--no-progress")
+SORT = (
+    "--env", "Sort", "--digits", "3", "--supervised-steps", "4", "--comparisons", "64",
+    "--reward-epochs", "2", "--total-steps", "128", *TINY,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of all three stages, each of 128 sequences; two reward models."""
+    folder = tmp_path_factory.mktemp("rlhf") / "run"
+    run(rlhf, *SORT, "--ensemble", "2", "--no-anneal", "--run-dir", str(folder))
+    return folder
+
+
+def agent(folder):
+    return torch.load(folder / "agent.pt", weights_only=True)["state"]
+
+
+def test_all_stages_leave_their_folders(finished):
+    for stage in ("supervised", "reward", "ppo"):
+        names = {path.name for path in (finished / stage).iterdir()}
+        assert {"agent.pt", "checkpoint.pt", "args.json", "progress.csv"} <= names
+        assert int(rows(finished / stage)[-1]["step"]) == 128
+        assert json.loads((finished / stage / "args.json").read_text())["args"]["stage"] == stage
+    assert rows(finished / "reward")[-1]["eval_accuracy"]
+    last = rows(finished / "ppo")[-1]
+    assert all(last[name] for name in ("eval_exact", "eval_reward", "eval_kl", "score", "rule_reward", "kl"))
+    assert agent(finished / "reward")["members"].shape[0] == 2
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(finished, tmp_path):
+    def table(name, *arguments):
+        run(rlhf, *SORT, "--ensemble", "2", "--no-anneal", "--run-dir", str(tmp_path / name), *arguments)
+        return rows(tmp_path / name / "ppo")
+
+    assert table("two") == rows(finished / "ppo") != table("other", "--seed", "2")
+
+
+@pytest.mark.parametrize(
+    ("stage", "half"),
+    [
+        ("supervised", ("--supervised-steps", "2")),
+        ("reward", ("--reward-epochs", "1")),
+        ("ppo", ("--total-steps", "64")),
+    ],
+)
+def test_each_stage_goes_on_from_its_checkpoint(stage, half, finished, tmp_path):
+    """Ended after half of it, then resumed: the same agent, bit for bit, as in one go."""
+    folder = tmp_path / "half"
+    stages = ("--stage", stage, "--earlier", str(finished), "--run-dir", str(folder))
+    run(rlhf, *SORT, "--ensemble", "2", "--no-anneal", *stages, *half)
+    before = agent(folder / stage)
+    run(rlhf, "--resume", str(folder / stage), "--total-steps", "128")
+    after, whole = agent(folder / stage), agent(finished / stage)
+    assert all(torch.equal(after[name], whole[name]) for name in whole)
+    assert not all(torch.equal(after[name], before[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--no-critic",),
+        ("--ptx", "0.5", "--other", "0.5"),
+        ("--normalize-advantages",),
+        ("--kl", "k3", "--kl-in", "loss"),
+    ],
+)
+def test_variants_run(arguments, tmp_path):
+    """... and learn something else than the defaults."""
+    run(rlhf, *SORT, "--reward", "rule", *arguments, "--run-dir", str(tmp_path / "one"))
+    run(rlhf, *SORT, "--reward", "rule", "--run-dir", str(tmp_path / "two"))
+    assert not torch.equal(
+        agent(tmp_path / "one" / "ppo")["params"], agent(tmp_path / "two" / "ppo")["params"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ("--stage", "ppo", "--reward", "rule", "--run-dir", "none"),
+            "--stage ppo.*supervised has not been run",
+        ),
+        (("--stage", "reward", "--earlier", "nowhere"), "--stage reward.*supervised has not been run"),
+        (("--env", "Sorted"), "--env Sorted.*nearest: Sort"),
+        (("--digits", "0"), r"--digits.*\[1, 16\].*empty response"),
+        (("--beta", "-1"), "--beta.*at least 0"),
+        (("--answers", "1"), "--answers.*at least 2"),
+        (("--num-minibatches", "3"), "--num-minibatches 3.*--batch-size 32"),
+        (("--heads", "3"), "--heads 3.*--dim 8"),
+        (("--env", "Count", "--other", "0.5"), "--other 0.5.*Sort"),
+        (("--temperature", "0"), "--temperature.*greater than 0"),
+        (("--total-steps", "10"), "--total-steps 10.*batch"),
+    ],
+)
+def test_bad_input_is_refused(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=words):
+        run(rlhf, "--env", "Sort", *TINY, *arguments)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".pt"]
+
+
+def test_bad_input_is_told_in_one_line():
+    done = run_apart("rlhf", "--env", "Sort", "--stage", "ppo", "--earlier", "nowhere")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "the stage supervised has not been run" in done.stderr
+
+
+def test_a_stage_of_another_task_or_network_is_refused(finished, tmp_path):
+    stages = ("--stage", "ppo", "--reward", "rule", "--earlier", str(finished), "--run-dir", str(tmp_path))
+    with pytest.raises(UsageError, match="is of --env Sort, not Add"):
+        run(rlhf, *SORT, *stages, "--env", "Add")
+    with pytest.raises(UsageError, match=r"--digits 4.*run with 3"):
+        run(rlhf, *SORT, *stages, "--digits", "4")
+
+
+def test_comparisons_of_ties_only_are_refused():
+    """A policy that is sure of its answer writes the same response twice."""
+    task = Count()
+    params, policy = network(task, reference_scale=1e6)
+    args = SimpleNamespace(answers=2, temperature=1.0, label_error=0.0)
+    with pytest.raises(UsageError, match="ties only"):
+        rlhf.draw_rankings(policy, params, task, args, 50, generator())
+    params, policy = network(task)
+    prompt, response = rlhf.draw_rankings(policy, params, task, args, 50, generator())
+    assert prompt.shape == (50, 2) and response.shape == (50, 2, 4)
+
+
+def test_rankings_put_the_labellers_choice_first():
+    """With hardly any noise the order is the rule's."""
+    task = Count()
+    params, policy = network(task)
+    args = SimpleNamespace(answers=3, temperature=1e-4, label_error=0.0)
+    prompt, response = rlhf.draw_rankings(policy, params, task, args, 200, generator())
+    reward = task.reward(prompt.repeat_interleave(3, 0), response.flatten(0, 1)).view(200, 3)
+    assert (reward.diff(dim=1) <= 0).all() and (reward.diff(dim=1) < 0).any()
