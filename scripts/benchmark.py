@@ -1,10 +1,9 @@
 """Run agents on tasks over seeds, several at a time, and keep their learning curves in results/.
 
-    python scripts/benchmark.py --agent ppo --env HalfCheetah-v4 Hopper-v4 --seeds 1-10 python
-    scripts/benchmark.py --agent ppo --env HalfCheetah-v4 --seeds 1-3 --total-steps 200000 --args "--num-envs
-    16"
-    python scripts/benchmark.py --suite ppo           a list kept in this file
-    python scripts/benchmark.py --report              the table of what is in results/, without running anything
+    python scripts/benchmark.py --agent ppo --env HalfCheetah-v4 Hopper-v4 --seeds 1-10
+    python scripts/benchmark.py --agent ppo --env HalfCheetah-v4 --total-steps 2e5 --args "--num-envs 16"
+    python scripts/benchmark.py --suite ppo      a list kept in this file
+    python scripts/benchmark.py --report         the table of what is in results/, without running anything
 
 Every run is a process of its own on one core. It may all be killed at any moment: the same command goes on
 where it stopped, skipping what is recorded and resuming what has a checkpoint. Ctrl-C lets every run write
@@ -12,12 +11,14 @@ its checkpoint first.
 
     RUNS/AGENT/TASK/seed_N/          the run's folder; RUNS/AGENT/TASK/seed_N.log what it printed
     RESULTS/AGENT/TASK/seed_N.csv    its progress.csv, thinned
-    RESULTS/AGENT/TASK/meta.json     final evaluations, arguments, versions, commit, machine, the commands to reproduce
+    RESULTS/AGENT/TASK/meta.json     final evaluations, arguments, versions, commit, machine, the commands
+    RESULTS/AGENT/TASK/agent.pt      the agent of the median seed by final evaluation (of two the lower one)
 
-In meta.json what all seeds share stands once at the top, and what differs (a commit, say) with each seed.
-Seeds run under different algorithm arguments never share a folder. To run seeds again under the same
-arguments (because the code changed), delete their files in RESULTS and in RUNS first. Exit status: 0, 1 when
-a run failed, 2 for bad input, 130 (143, 129) after Ctrl-C (SIGTERM, SIGHUP).
+In meta.json what all seeds share stands once at the top, and what differs (a commit, say) with each seed;
+`agent_seed` says whose agent.pt it is, null where that seed's run is not at hand. Seeds run under different
+algorithm arguments never share a folder. To run seeds again under the same arguments (because the code
+changed), delete their files in RESULTS and in RUNS first. Exit status: 0, 1 when a run failed, 2 for bad
+input, 130 (143, 129) after Ctrl-C (SIGTERM, SIGHUP).
 """
 
 import contextlib
@@ -49,7 +50,7 @@ import zoo
 from zoo.common.cli import RunArgs, parse, require
 from zoo.common.envs import make_single
 from zoo.common.errors import RunFault, UsageError
-from zoo.common.files import lock_folder, write_atomically, writing
+from zoo.common.files import load_checkpoint, lock_folder, save_checkpoint, write_atomically, writing
 
 
 class Entry(NamedTuple):
@@ -99,27 +100,18 @@ SUITES: dict[str, list[Entry]] = {
     ],
 }
 
-ONE_CORE = [
-    "--threads",
-    "1",
-    "--env-threads",
-    "1",
-]  # runs share the machine: more threads would only slow each other down
+# runs share the machine: more threads would only slow each other down
+ONE_CORE = ["--threads", "1", "--env-threads", "1"]
+REPOSITORY = Path(zoo.__file__).parents[1]
 MAX_ROWS = 200  # of a thinned curve
 POLL = 0.2  # seconds between looks at the running processes
 # Arguments that change where and how fast a run is made, not what it computes.
 BOOKKEEPING = {
-    "seed", "run_dir", "resume", "device", "compile", "threads", "env_threads", "checkpoint_every", "track", "track_project",
-    "progress",
+    "seed", "run_dir", "resume", "device", "compile", "threads", "env_threads", "checkpoint_every", "track",
+    "track_project", "progress",
 }  # fmt: skip
-SHARED = (
-    "args",
-    "versions",
-    "commit",
-    "machine",
-    "engine",
-    "jobs",
-)  # at the top of meta.json when all seeds agree
+# at the top of meta.json when all seeds agree
+SHARED = ("args", "versions", "commit", "machine", "engine", "jobs")
 
 
 @dataclass
@@ -170,6 +162,10 @@ class Job:
     @property
     def log(self) -> Path:
         return self.folder.with_name(self.folder.name + ".log")
+
+    @property
+    def arguments(self) -> list[str]:
+        return ["--env", self.env, "--seed", str(self.seed), *self.extra]
 
     @property
     def total_steps(self) -> int:
@@ -258,19 +254,8 @@ def plan(args: Args) -> list[Job]:
         for seed in entry.seeds:
             job_expected = expected | {"seed": seed}
             folder = args.runs / task / f"seed_{seed}"
-            jobs.append(
-                Job(
-                    entry.agent,
-                    entry.env,
-                    seed,
-                    script,
-                    extra,
-                    job_expected,
-                    defaults,
-                    folder,
-                    args.results / task,
-                )
-            )
+            made_of = (entry.agent, entry.env, seed, script, extra, job_expected, defaults)
+            jobs.append(Job(*made_of, folder, args.results / task))
     return jobs
 
 
@@ -310,9 +295,13 @@ def read_seeds(folder: Path) -> dict[int, dict[str, Any]]:
         raise UsageError(f"--results: {path} is no meta.json of this script ({error})") from error
 
 
-def write_meta(folder: Path, agent: str, env: str, seeds: dict[int, dict[str, Any]]) -> None:
-    """Write meta.json atomically: statistics over seeds, and what all seeds share moved to the top. Raises
-    OSError."""
+def write_meta(
+    folder: Path, agent: str, env: str, seeds: dict[int, dict[str, Any]], agent_seed: int | None
+) -> None:
+    """Write meta.json atomically: statistics over seeds, and what all seeds share moved to the top.
+
+    agent_seed: whose agent.pt lies beside it. Raises OSError.
+    """
     seeds = {seed: dict(seeds[seed]) for seed in sorted(seeds)}
     means = [entry["mean"] for entry in seeds.values()]
     meta: dict[str, Any] = {
@@ -321,6 +310,7 @@ def write_meta(folder: Path, agent: str, env: str, seeds: dict[int, dict[str, An
         "mean": float(np.mean(means)),
         "std": float(np.std(means, ddof=1)) if len(means) > 1 else None,
         "num_seeds": len(means),
+        "agent_seed": agent_seed,
     }
     for key in SHARED:
         first = next(iter(seeds.values()))[key]
@@ -360,16 +350,57 @@ def run_args(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def kept_args(made: dict[str, Any]) -> dict[str, Any]:
+    """Of a run's arguments those that its results keep."""
+    return {name: value for name, value in made.items() if name not in ("run_dir", "resume", "seed")}
+
+
+def read_run(folder: Path) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """The rows of a run's progress.csv, and its args.json. Raises OSError, ValueError."""
+    with open(folder / "progress.csv", newline="") as file:
+        return list(csv.DictReader(file)), json.loads((folder / "args.json").read_text())
+
+
+def median_seed(seeds: dict[int, dict[str, Any]]) -> int:
+    """The seed whose final evaluation is the median; of an even number the lower one of the middle two."""
+    return sorted(seeds, key=lambda seed: (seeds[seed]["mean"], seed))[(len(seeds) - 1) // 2]
+
+
+def keep_agent(folder: Path, runs: Path, seeds: dict[int, dict[str, Any]]) -> int | None:
+    """Bring the median seed's agent.pt into the results in `folder`, without its paths; that seed.
+
+    It comes from the seed's run in `runs`, if that is the one recorded; else the one in `folder` stays if it
+    is that seed's. Where neither is, the file goes, rather than be another's: None. Raises OSError.
+    """
+    median, kept = median_seed(seeds), folder / "agent.pt"
+    entry, run = seeds[median], runs / f"seed_{median}"
+    content = None
+    # what the run's folder may be instead: gone, unfinished, another run's
+    with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError, UsageError):
+        rows, made = read_run(run)
+        found = (float(rows[-1]["eval_return"]), made["commit"], kept_args(made["args"]))
+        if found == (entry["mean"], entry["commit"], entry["args"]):
+            content = load_checkpoint(run / "agent.pt", "--runs")
+    if content is not None:
+        content["args"] = {**content["args"], "run_dir": None, "resume": None}
+        save_checkpoint(kept, content)
+        return median
+    with contextlib.suppress(KeyError, UsageError):
+        args = json.loads(json.dumps(load_checkpoint(kept, "--results")["args"]))
+        if args["seed"] == median and kept_args(args) == entry["args"]:
+            return median
+    kept.unlink(missing_ok=True)
+    return None
+
+
 def record(job: Job, side_by_side: int) -> dict[str, Any]:
-    """Take a finished run into the results: the curve first, then meta.json, which makes it count. The seed's
-    entry.
+    """Take a finished run into the results: the curve first, then the median seed's agent, then meta.json,
+    which makes it count. The seed's entry.
 
     Raises RunFault when the run's files are not those of a finished run or the results cannot be written.
     """
     try:
-        with open(job.folder / "progress.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-        made = json.loads((job.folder / "args.json").read_text())
+        rows, made = read_run(job.folder)
         last = rows[-1]
         entry: dict[str, Any] = {
             "mean": float(last["eval_return"]),
@@ -379,22 +410,8 @@ def record(job: Job, side_by_side: int) -> dict[str, Any]:
             "wall_time": float(last["wall_time"]),
             "sps": float(last["sps"]),
             "resumed_at_step": made["resumed_at_step"],
-            "command": shlex.join(
-                [
-                    "python",
-                    f"{job.script.parent.name}/{job.script.name}",
-                    "--env",
-                    job.env,
-                    "--seed",
-                    str(job.seed),
-                    *job.extra,
-                ]
-            ),
-            "args": {
-                name: value
-                for name, value in made["args"].items()
-                if name not in ("run_dir", "resume", "seed")
-            },
+            "command": shlex.join(["python", f"{job.script.parent.name}/{job.script.name}", *job.arguments]),
+            "args": kept_args(made["args"]),
             **{key: made[key] for key in ("versions", "commit", "machine", "engine")},
             "jobs": side_by_side,  # speeds were measured with so many runs on the machine
         }
@@ -412,15 +429,29 @@ def record(job: Job, side_by_side: int) -> dict[str, Any]:
             job.results / f"seed_{job.seed}.csv", lambda file: file.write(text.getvalue().encode())
         )
         everything = read_seeds(job.results) | {job.seed: entry}
-        dropped = [
-            seed for seed, other in everything.items() if differences(other["args"], job)
-        ]  # only with --force
+        # only with --force
+        dropped = [seed for seed, other in everything.items() if differences(other["args"], job)]
         for seed in dropped:
             del everything[seed]
-        write_meta(job.results, job.agent, job.env, everything)
+        kept = keep_agent(job.results, job.folder.parent, everything)
+        write_meta(job.results, job.agent, job.env, everything, kept)
         for seed in dropped:
             (job.results / f"seed_{seed}.csv").unlink(missing_ok=True)
     return entry
+
+
+def keep_agents(jobs: list[Job]) -> None:
+    """Bring every task's agent.pt up to date, also of seeds recorded before; tell where there is none. Raises
+    RunFault."""
+    for job in {job.results: job for job in jobs}.values():
+        if not (seeds := read_seeds(job.results)):
+            continue
+        with writing(job.results):
+            kept = keep_agent(job.results, job.folder.parent, seeds)
+            write_meta(job.results, job.agent, job.env, seeds, kept)
+        if kept is None:
+            lacking = f"{job.results} has no agent.pt: the run of its median seed, {median_seed(seeds)}"
+            print(f"note: {lacking}, is not in {job.folder.parent}", file=sys.stderr)
 
 
 def is_recorded(job: Job) -> bool:
@@ -440,13 +471,14 @@ def refuse_mixing(jobs: list[Job]) -> None:
         for seed, entry in read_seeds(job.results).items():
             if how := differences(entry["args"], job):
                 raise UsageError(
-                    f"{job.results} holds seed {seed} made with other arguments ({how}); name another --results, "
-                    "or --force to discard what differs and run it again"
+                    f"{job.results} holds seed {seed} made with other arguments ({how}); "
+                    "name another --results, or --force to discard what differs and run it again"
                 )
         how = differences(run_args(job.folder), job)
         if how and (job.folder / "checkpoint.pt").exists() and not is_recorded(job):
             raise UsageError(
-                f"{job.folder} holds a run made with other arguments ({how}); name another --runs, or --force to discard it"
+                f"{job.folder} holds a run made with other arguments ({how}); "
+                "name another --runs, or --force to discard it"
             )
 
 
@@ -466,26 +498,14 @@ def start(job: Job) -> subprocess.Popen:
         if not resuming:
             shutil.rmtree(job.folder)
     folder_args = ["--resume", str(job.folder)] if resuming else ["--run-dir", str(job.folder)]
-    command = [
-        sys.executable,
-        str(job.script),
-        "--env",
-        job.env,
-        "--seed",
-        str(job.seed),
-        *job.extra,
-        "--no-progress",
-    ]
+    command = [sys.executable, str(job.script), *job.arguments, "--no-progress"]
     with open(job.log, "ab" if resuming else "wb") as log:
         # A session of its own: Ctrl-C on the terminal would reach the run too, and a second signal skips its
         # checkpoint.
         return subprocess.Popen(
-            [*command, *folder_args],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
+            [*command, *folder_args], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             start_new_session=True,
-        )
+        )  # fmt: skip
 
 
 def last_line(log: Path) -> str:
@@ -525,15 +545,16 @@ def stop_signals() -> Iterator[list[int]]:
 
 def run_all(jobs: list[Job], side_by_side: int) -> tuple[list[str], int]:
     """Run the jobs, at most `side_by_side` at a time, recording each when it ends; the failures, and a stop
-    signal or 0."""
+    signal or 0.
+
+    A run's successor is started before anything else is done, so that its core does not wait.
+    """
     queue, running, failures, told = list(jobs), dict[subprocess.Popen, Job](), list[str](), 0
     total, done = sum(job.total_steps for job in jobs), 0
     bar = tqdm(total=total, unit="step", unit_scale=True, dynamic_ncols=True, disable=None, smoothing=0.05)
     bar.update(sum(steps_done(job.folder) for job in jobs))
-    bar.start_t, bar.initial = (
-        time.time(),
-        bar.n,
-    )  # what was done before this start is no measure of the speed
+    # what was done before this start is no measure of the speed
+    bar.start_t, bar.initial = time.time(), bar.n
     ended = 0
 
     def fail(job: Job, reason: str) -> None:
@@ -553,33 +574,34 @@ def run_all(jobs: list[Job], side_by_side: int) -> tuple[list[str], int]:
                     tqdm.write(
                         f"stopping {len(running)} runs; each writes a checkpoint first", file=sys.stderr
                     )
+                finished = [process for process in running if process.poll() is not None]
+                ending = {process: running.pop(process) for process in finished}
                 while queue and len(running) < side_by_side:
                     job = queue.pop(0)
                     try:
                         running[start(job)] = job
                     except (UsageError, OSError) as error:
                         fail(job, str(error))
-                for process in [each for each in running if each.poll() is not None]:
-                    job, ended = running.pop(process), ended + 1
+                for process, job in ending.items():
+                    ended += 1
                     if process.returncode == 0:
                         done += job.total_steps
                         try:
                             entry = record(job, side_by_side)
-                            summary = (
-                                f"{entry['mean']:.2f} ± {entry['std']:.2f} over {entry['episodes']} episodes"
-                            )
-                            tqdm.write(
-                                f"{job}: {summary}, {entry['steps']:,} steps, {entry['sps']:,.0f} steps/s"
-                            )
                         except RunFault as error:
                             fail(job, str(error))
+                            continue
+                        final = f"{entry['mean']:.2f} ± {entry['std']:.2f} over {entry['episodes']} episodes"
+                        speed = f"{entry['steps']:,} steps, {entry['sps']:,.0f} steps/s"
+                        tqdm.write(f"{job}: {final}, {speed}")
                     elif not signals:
                         done += job.total_steps
                         fail(job, f"exit status {process.returncode}: {last_line(job.log)} (log: {job.log})")
                 waiting = sum(steps_done(job.folder) for job in [*running.values(), *queue])
                 bar.set_description_str(f"{ended}/{len(jobs)} runs", refresh=False)
                 bar.update(done + waiting - bar.n)
-                time.sleep(POLL)
+                if not finished:
+                    time.sleep(POLL)
         finally:
             for process in running:  # only after an error of this script's own
                 process.send_signal(signal.SIGINT)
@@ -589,28 +611,49 @@ def run_all(jobs: list[Job], side_by_side: int) -> tuple[list[str], int]:
 # --- the table ----------------------------------------------------------------------------------------------
 
 
+@cache
+def is_in_history(commit: str | None, repository: Path) -> bool:
+    """Whether a run's code was that of a commit, unchanged, that leads to the repository's present one.
+
+    Where there is no repository to ask (an installed package), every commit passes that is one.
+    """
+    if not commit or commit.endswith("-dirty"):
+        return False
+    git = ["git", "-C", str(repository)]
+    try:
+        if subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True).returncode:
+            return True
+        asked = [*git, "merge-base", "--is-ancestor", commit, "HEAD"]
+        return subprocess.run(asked, capture_output=True).returncode == 0
+    except OSError:  # no git
+        return True
+
+
 def table(folders: Sequence[Path]) -> str:
     """One line for each results/AGENT/TASK among `folders` that holds results. Raises UsageError."""
     lines = [
         ("agent", "task", "steps", "seeds", "final evaluation: mean ± std over seeds [min .. max]", "steps/s")
     ]
-    several = False
+    notes = {
+        "*": "the seeds were run by several commits",
+        "†": "by changed code, or a commit not in the history",
+    }
+    shown = ""
     for folder in folders:
         if not (seeds := read_seeds(folder)):
             continue
         means = [entry["mean"] for entry in seeds.values()]
         std = f"{np.std(means, ddof=1):.1f}" if len(means) > 1 else "-"
-        mixed = len({entry["commit"] for entry in seeds.values()}) > 1
-        several |= mixed
-        speed, steps = (
-            float(np.median([entry["sps"] for entry in seeds.values()])),
-            max(e["steps"] for e in seeds.values()),
-        )
+        commits = {entry["commit"] for entry in seeds.values()}
+        lost = not all(is_in_history(commit, REPOSITORY) for commit in commits)
+        marks = "*" * (len(commits) > 1) + "†" * lost
+        shown += marks
+        speed = float(np.median([entry["sps"] for entry in seeds.values()]))
+        steps = max(entry["steps"] for entry in seeds.values())
         summary = f"{np.mean(means):.1f} ± {std} [{min(means):.1f} .. {max(means):.1f}]"
         task = json.loads((folder / "meta.json").read_text())
-        lines.append(
-            (task["agent"], task["env"], f"{steps:,}", f"{len(seeds)}{'*' * mixed}", summary, f"{speed:,.0f}")
-        )
+        row = (task["agent"], task["env"], f"{steps:,}", f"{len(seeds)}{marks}", summary, f"{speed:,.0f}")
+        lines.append(row)
     if len(lines) == 1:
         return "no results yet"
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -618,7 +661,7 @@ def table(folders: Sequence[Path]) -> str:
     text = "\n".join(
         "  ".join(cell.format(value) for cell, value in zip(aligned, line, strict=True)) for line in lines
     )
-    return text + "\n* the seeds were run by several commits: see meta.json" * several
+    return text + "".join(f"\n{mark} {note}: see meta.json" for mark, note in notes.items() if mark in shown)
 
 
 def report(args: Args) -> None:
@@ -642,9 +685,8 @@ def benchmark(args: Args, command: str) -> int:
         return 0
     jobs = plan(args)
     with contextlib.ExitStack() as stack:
-        for folder in dict.fromkeys(
-            job.folder.parent for job in jobs
-        ):  # a second benchmark of the same runs has to wait
+        # a second benchmark of the same runs has to wait
+        for folder in dict.fromkeys(job.folder.parent for job in jobs):
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(lock_folder(folder, "--runs"))
@@ -662,6 +704,7 @@ def benchmark(args: Args, command: str) -> int:
         if skipped := len(jobs) - len(todo):
             print(f"{skipped} of {len(jobs)} runs are finished and skipped", flush=True)
         failures, stopped = run_all(todo, args.jobs)
+        keep_agents(jobs)
     print(table(list(dict.fromkeys(job.results for job in jobs))), flush=True)
     if stopped:
         print(f"interrupted; to go on: {command}", file=sys.stderr)
@@ -675,9 +718,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, and tell in one line what is wrong; the exit status."""
     given = list(sys.argv[1:] if argv is None else argv)
     command = shlex.join(["python", "scripts/benchmark.py", *given])
-    if (
-        "--args" in given[:-1]
-    ):  # tyro takes a value that begins with dashes for a flag unless it is joined to its own
+    # tyro takes a value that begins with dashes for a flag unless it is joined to its own
+    if "--args" in given[:-1]:
         at = given.index("--args")
         given[at : at + 2] = [f"--args={given[at + 1]}"]
     try:

@@ -1,10 +1,10 @@
 """Measure the estimators of the policy gradient on real agents: their variance, bias and direction, early,
 midway and late.
 
-    python scripts/estimators.py                               CartPole-v1 and HalfCheetah-v4, tables and plots in results/
+    python scripts/estimators.py             CartPole-v1 and HalfCheetah-v4, tables and plots in results/
     python scripts/estimators.py --env Hopper-v4 --stages 50000 500000
     python scripts/estimators.py --checkpoints runs/MY_RUN/checkpoint.pt
-    python scripts/estimators.py --plots                       draw again from the tables
+    python scripts/estimators.py --plots     draw again from the tables
 
 One run of PPO is trained for each task and its policy kept at each stage. With a policy held fixed, whole
 episodes are played: a sample on which every estimator works, and a larger one that gives the reference
@@ -12,8 +12,8 @@ gradient. An episode's estimate is g = sum_t grad log pi(a_t|s_t) Psi_t, all of 
 A(s_t, a_t) grad log pi], the one that practice follows (no factor gamma^t); the unbiased ones take Psi from
 the return to go. Measured of each, over the sample's episodes:
 
-    variance   tr Cov(g), over the reference's squared norm: 100 says that the mean of 100 episodes is half noise
-    bias       |E[g] - E[to-go]| over the reference's norm, from paired differences, what noise contributes taken off
+    variance   tr Cov(g), over the reference's squared norm: at 100 the mean of 100 episodes is half noise
+    bias       |E[g] - E[to-go]| over the reference's norm, from paired differences, less what noise adds
     cosine     of the mean over a batch of episodes with the reference
 
 with standard errors by the jackknife over ten groups of episodes. The value of what a time limit cut off is
@@ -21,6 +21,7 @@ the critic's in all of them. A killed measurement goes on where it was: what is 
 """
 
 import csv
+import importlib.util
 import io
 import itertools
 import json
@@ -48,9 +49,10 @@ from zoo.common.envs import make_envs
 from zoo.common.errors import RunFault, UsageError
 from zoo.common.files import load_checkpoint, save_checkpoint, write_atomically, writing
 from zoo.common.kl import ESTIMATORS, in_reward
-from zoo.common.normalize import normalize
+from zoo.common.normalize import normalizer, return_scale
 from zoo.common.optim import adam, new_adam
 from zoo.common.run import Run
+from zoo.common.seeding import env_seeds, generator_seed
 from zoo.common.state import portable
 from zoo.reinforce import collect_episodes, leave_one_out, returns_to_go
 
@@ -147,7 +149,7 @@ class Agent:
         self.net = ppo.ActorCritic(self.envs, self.args.hidden, self.args.log_std, self.args.shared_network)
         self.parameters = flatten(self.net)[1](content["state"]["params"])
         self.obs_stats, stats = content["state"]["obs_stats"], content["state"]["return_stats"]
-        self.scale = (stats["var"] + 1e-8).sqrt().float() if self.args.scale_rewards else torch.ones(())
+        self.scale = return_scale(stats) if self.args.scale_rewards else torch.ones(())
         names = [name for name in self.parameters if name.startswith("policy") or name == "log_std"]
         self.shapes = {name: self.parameters[name].shape for name in names}
         self.theta = torch.cat([self.parameters[name].flatten() for name in names])
@@ -197,22 +199,23 @@ class Episode(NamedTuple):
         return self.reward[:, None], value[:, None], next_value[:, None], end & ~cut, cut
 
 
-def play(agent: Agent, theta: Tensor, steps: int, most: int, seed: int) -> list[Episode]:
+def play(
+    agent: Agent, theta: Tensor, steps: int, most: int, seed: int, purpose: str = "sample"
+) -> list[Episode]:
     """Whole episodes of the policy theta: about `steps` environment steps, at most `most` episodes, at least
-    2 GROUPS."""
-    generator, episodes, played = torch.Generator().manual_seed(seed), list[Episode](), 0
+    2 GROUPS. Other starts and other noise for each purpose."""
+    generator = torch.Generator().manual_seed(generator_seed(seed, purpose))
+    episodes, played, seen = list[Episode](), 0, normalizer(agent.obs_stats)
 
     @torch.no_grad()
-    def act(obs, noise):
-        return agent.policy(theta, normalize(obs, agent.obs_stats)).sample(noise)
+    def policy(obs: np.ndarray) -> Any:
+        return agent.policy(theta, seen(torch.as_tensor(obs)))
 
     while (played < steps and len(episodes) < most) or len(episodes) < 2 * GROUPS:
-        batch, _ = collect_episodes(agent.envs, seed + 1000 * len(episodes), act, generator)
+        seeds = env_seeds(seed, purpose, agent.envs.num_envs, len(episodes))
+        batch, _ = collect_episodes(agent.envs, seeds, policy, generator)
         for i, alive in enumerate(batch.alive.T):
-            obs, last = (
-                normalize(batch.obs[alive, i], agent.obs_stats),
-                normalize(batch.last_obs[i], agent.obs_stats),
-            )
+            obs, last = seen(batch.obs[alive, i]), seen(batch.last_obs[i])
             with torch.no_grad():
                 value = agent.value(torch.cat((obs, last[None])))
             rows = (obs, batch.action[alive, i], batch.reward[alive, i] / agent.scale, last)
@@ -440,7 +443,7 @@ def measure_importance(
     for distance in DISTANCES:
         theta = moved(agent, direction, distance, obs)
         own = torch.stack(
-            [on_policy(theta, e) for e in play(agent, theta, budget, 2 * BATCH * GROUPS, seed + 7)]
+            [on_policy(theta, e) for e in play(agent, theta, budget, 2 * BATCH * GROUPS, seed, "moved")]
         )
         reference, size = own.mean(0), squared_norm(own)
         forms, whole, single = dict[str, list[Tensor]](), list[Tensor](), list[Tensor]()
@@ -492,25 +495,20 @@ def measure_kl(
     for distance in DISTANCES:
         ref = moved(agent, direction, distance, states)
         other = as_trpo(agent.policy(ref, states))
-        noise = torch.empty(len(obs), agent.envs.action_dim)
-        noise = (
-            -noise.exponential_(generator=generator).log()
-            if agent.envs.discrete
-            else noise.normal_(generator=generator)
-        )
+        noise = ppo.draw_noise(agent.envs, len(obs), generator=generator)
         with torch.no_grad():
             action = agent.policy(agent.theta, obs).sample(noise)
             log_ref = agent.policy(ref, obs).log_prob(action)
             log_ratio = log_ref.double() - agent.policy(agent.theta, obs).log_prob(action)
             true = trpo.kl(as_trpo(agent.policy(agent.theta, states)), other).mean().item()
-        targets = {
-            "KL(pi || ref)": grad(lambda x: trpo.kl(as_trpo(agent.policy(x, states)), other).mean())(
-                agent.theta
-            ),
-            "KL(ref || pi)": grad(lambda x: trpo.kl(other, as_trpo(agent.policy(x, states))).mean())(
-                agent.theta
-            ),
-        }
+
+        def to_ref(x, other=other):
+            return trpo.kl(as_trpo(agent.policy(x, states)), other).mean()
+
+        def from_ref(x, other=other):
+            return trpo.kl(other, as_trpo(agent.policy(x, states))).mean()
+
+        targets = {"KL(pi || ref)": grad(to_ref)(agent.theta), "KL(ref || pi)": grad(from_ref)(agent.theta)}
         for name, k in ESTIMATORS.items():
             value = k(log_ratio).view(len(states), actions)
             error = (value.var(1).mean() / value.numel()).sqrt().item()
@@ -526,21 +524,16 @@ def measure_kl(
                 split = torch.arange(len(obs)).view(len(states), actions).T.reshape(parts, -1)
                 found = torch.stack([grad(loss)(agent.theta, rows) for rows in split])
                 unit = targets["KL(pi || ref)"].norm()
-                length = jackknife(
-                    lambda index, g=found, unit=unit: (g[index].mean(0).norm() / unit).item(), parts
-                )  # type: ignore[misc]
-                yield "kl_gradient", f"{name} {where}", distance, "length", *length
+
+                def length(index, g=found, unit=unit):
+                    return (g[index].mean(0).norm() / unit).item()
+
+                row = ("kl_gradient", f"{name} {where}", distance)
+                yield *row, "length", *jackknife(length, parts)
                 for target, gradient in targets.items():
                     cosines = torch.nn.functional.cosine_similarity(found, gradient[None], dim=1)
                     spread = (cosines.std() / parts**0.5).item()
-                    yield (
-                        "kl_gradient",
-                        f"{name} {where}",
-                        distance,
-                        f"cosine with grad {target}",
-                        cosines.mean().item(),
-                        spread,
-                    )
+                    yield *row, f"cosine with grad {target}", cosines.mean().item(), spread
 
 
 def spread_within(value: Tensor, unit: float) -> tuple[float, float]:
@@ -571,8 +564,8 @@ def measure(checkpoint: Path, path: Path, args: Args) -> list[dict[str, str]]:
     """All rows of one policy, from `path` if they have been measured."""
     if not path.is_file():
         agent = Agent(checkpoint)
-        sample = play(agent, agent.theta, args.budget, 2 * BATCH * GROUPS, args.seed + 1)
-        large = play(agent, agent.theta, 8 * args.budget, 8 * BATCH * GROUPS, args.seed + 2_000_000)
+        sample = play(agent, agent.theta, args.budget, 2 * BATCH * GROUPS, args.seed)
+        large = play(agent, agent.theta, 8 * args.budget, 8 * BATCH * GROUPS, args.seed, "reference")
         rows, reference = measure_gradients(agent, sample, large, args.seed)
         half = sample[: max(len(sample) // 2, 2 * GROUPS)]
         rows += measure_importance(agent, half, reference, args.budget // 2, args.seed)
@@ -602,13 +595,15 @@ COSINE = Panel("cosine", f"cosine of {BATCH} episodes\nwith the reference", Fals
 FIGURES: dict[str, tuple[str, str, tuple[Panel, ...]]] = {
     "psi": (
         "Does each step down the table of Ψ cut the variance, and what bias does it bring?",
-        "Psi_t of S4 Table 2.2. Both tasks are deterministic, so with the true V the TD residual is the advantage itself; "
-        "Q is r + gamma V(s'). 'better V' is the critic fitted on to the reference's returns.",
+        "Psi_t of S4 Table 2.2. Both tasks are deterministic, so with the true V the TD residual is the "
+        "advantage itself; Q is r + gamma V(s'). 'better V' is the critic fitted on to the reference's "
+        "returns.",
         (VARIANCE, BIAS, COSINE),
     ),
     "baselines": (
         "Which baseline lowers the variance most?",
-        "Return to go less a baseline: nothing, the other episodes' mean return, the best constant, the agent's V, a better V.",
+        "Return to go less a baseline: nothing, the other episodes' mean return, the best constant, the "
+        "agent's V, a better V.",
         (VARIANCE, COSINE),
     ),
     "gae": (
@@ -623,18 +618,21 @@ FIGURES: dict[str, tuple[str, str, tuple[Panel, ...]]] = {
     ),
     "importance": (
         "How far may a policy move before its old episodes are of no use?",
-        "Episodes of the old policy, reweighted for one moved along the gradient; reference: the new policy's own episodes "
-        "(of which their own batches are a part). What leaves the axis has vanished with the product of its ratios.",
+        "Episodes of the old policy, reweighted for one moved along the gradient; reference: the new "
+        "policy's own episodes (of which their own batches are a part). What leaves the axis has vanished "
+        "with the product of its ratios.",
         (COSINE, VARIANCE, Panel("effective sample size", "effective sample size\n/ samples")),
     ),
     "kl_value": (
         "Is k2's bias worth its small spread, and is k3 the best of both?",
-        "One action's estimate of KL(π || ref) on the agent's states, ref moved along the gradient; both over the KL.",
+        "One action's estimate of KL(π || ref) on the agent's states, ref moved along the gradient; both "
+        "over the KL.",
         (Panel("bias", "bias / KL", False), Panel("std", "standard deviation / KL")),
     ),
     "kl_gradient": (
         "Which KL does a penalty descend, as a loss and inside the reward?",
-        "Gradient over 8,192 samples (65,536 for its length) against the exact gradients of the KL's two directions.",
+        "Gradient over 8,192 samples (65,536 for its length) against the exact gradients of the KL's two "
+        "directions.",
         (
             Panel("cosine with grad KL(pi || ref)", "cosine with\n∇KL(π || ref)", False),
             Panel("cosine with grad KL(ref || pi)", "cosine with\n∇KL(ref || π)", False),
@@ -771,10 +769,8 @@ def run(args: Args) -> None:
         all(stage >= 1 for stage in args.stages or ()) and args.stages != (),
         f"--stages {args.stages}: at least 1 each",
     )
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError("drawing needs matplotlib: pip install -e '.[plots]'") from None
+    found = importlib.util.find_spec("matplotlib") is not None
+    require(found, "drawing needs matplotlib: pip install -e '.[plots]'")
     torch.set_num_threads(1)
     if args.plots:
         files = {name: args.results / f"{name}.csv" for name in FIGURES}

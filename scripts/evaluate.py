@@ -1,8 +1,9 @@
 """Evaluate a trained agent: its deterministic policy on fresh episodes.
 
     python scripts/evaluate.py runs/MY_RUN
+    python scripts/evaluate.py results/ppo/HalfCheetah-v4          the agent of the median seed
     python scripts/evaluate.py agent.pt --episodes 20 --seed 7
-    python scripts/evaluate.py runs/MY_RUN --env HalfCheetah-v5      another task with the same observations and actions
+    python scripts/evaluate.py runs/MY_RUN --env HalfCheetah-v5    a task of the same observations and actions
 
 Loading agent.pt executes no code; only agents of the zoo itself are played.
 """
@@ -28,7 +29,7 @@ from zoo.common.files import load_checkpoint
 @dataclass
 class Args:
     run: Annotated[Path, tyro.conf.Positional]
-    """folder of a finished run, or an agent.pt"""
+    """folder of a finished run or of results, or an agent.pt"""
     episodes: int = 100
     """episodes to play"""
     seed: int = 0
@@ -44,6 +45,10 @@ def load_agent(path: Path) -> dict[str, Any]:
     require(
         not (path.is_dir() and (path / "checkpoint.pt").exists() and not file.exists()),
         f"{path}: the run is not finished and has no agent.pt yet; go on with it by --resume {path}",
+    )
+    require(
+        not (path.is_dir() and (path / "meta.json").exists() and not file.exists()),
+        f"run {path}: these results hold no agent.pt; scripts/benchmark.py keeps that of the median seed",
     )
     content = load_checkpoint(file, "run")
     # The name comes from a file that anyone may have made: import nothing but an agent's file of the zoo.
@@ -63,7 +68,10 @@ def make_policy(content: dict[str, Any], envs: VectorEnv) -> Policy:
     fields = {field.name for field in dataclasses.fields(agent.Args)}
     args = agent.Args(**{key: value for key, value in content["args"].items() if key in fields})
     args.hidden = tuple(args.hidden)
-    misfit = f"--env {envs.env_id}: its observations or actions are not those of {env_id}, on which the agent was trained"
+    misfit = (
+        f"--env {envs.env_id}: its observations or actions are not those of {env_id}, "
+        "on which the agent was trained"
+    )
     try:
         return agent.make_policy(envs, args, content["state"])
     except KeyError as error:

@@ -1,7 +1,7 @@
 """Draw learning curves of results/: mean over seeds of the deterministic evaluations, shaded by a standard
 deviation each way.
 
-    python scripts/plot.py --env HalfCheetah-v4          every agent with results on the task, to results/HalfCheetah-v4.png
+    python scripts/plot.py --env HalfCheetah-v4        every agent on the task, to results/HalfCheetah-v4.png
     python scripts/plot.py results/reinforce/CartPole-v1 results/no_baseline/reinforce/CartPole-v1 \\
         --labels "learned V" "no baseline" --out results/no_baseline.png
 

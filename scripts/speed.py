@@ -3,7 +3,7 @@
     python scripts/speed.py                           PPO on HalfCheetah-v4, 3 pairs of training runs
     python scripts/speed.py --agent trpo --env Hopper-v4 --pairs 5
     python scripts/speed.py --agent sac --steps 20480 --threads 2          two threads of torch on both sides
-    python scripts/speed.py --update                  a minibatch update of PPO, compiled against eager
+    python scripts/speed.py --update                  PPO's pass over a batch, compiled against eager
     python scripts/speed.py --engine                  environments alone, against Gymnasium's SyncVectorEnv
 
 Absolute figures mean little on a shared machine: they move with whatever else runs on it. Both sides of a
@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -55,7 +56,7 @@ class Args:
     peer_python: str = ""
     """Python interpreter that has Stable-Baselines3 (default: the one running this)"""
     update: bool = False
-    """measure one minibatch update of PPO instead"""
+    """measure a pass of PPO over a batch, by minibatch, instead"""
     engine: bool = False
     """measure the environments alone instead"""
 
@@ -75,9 +76,8 @@ def run_child(command: list[str]) -> tuple[str, float, float]:
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         try:
-            _, status, usage = os.wait4(
-                process.pid, 0
-            )  # Popen.wait would lose the resource usage of this one child
+            # Popen.wait would lose the resource usage of this one child
+            _, status, usage = os.wait4(process.pid, 0)
         except BaseException:
             process.kill()
             raise
@@ -86,9 +86,8 @@ def run_child(command: list[str]) -> tuple[str, float, float]:
         output.seek(0)
         text = output.read().strip()
     if process.returncode:
-        raise RunFault(
-            f"{Path(command[1]).name} failed ({process.returncode}): {text.splitlines()[-1] if text else 'no output'}"
-        )
+        last = text.splitlines()[-1] if text else "no output"
+        raise RunFault(f"{Path(command[1]).name} failed ({process.returncode}): {last}")
     return text, seconds, usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -99,16 +98,8 @@ def ours(args: Args, seed: int) -> Measured:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
         script = Path(zoo.__file__).parent / f"{args.agent}.py"
-        command = [
-            sys.executable,
-            str(script),
-            "--env",
-            args.env,
-            "--seed",
-            str(seed),
-            "--total-steps",
-            str(args.steps),
-        ]
+        command = [sys.executable, str(script), "--env", args.env, "--seed", str(seed)]
+        command += ["--total-steps", str(args.steps)]
         command += ["--eval-every", str(EVAL_EVERY), "--eval-episodes", str(EVAL_EPISODES), "--device", "cpu"]
         command += ["--threads", str(args.threads), *OWN_ARGS.get(args.agent, [])]
         _, process, memory = run_child([*command, "--no-progress", "--run-dir", str(folder)])
@@ -126,15 +117,8 @@ def theirs(args: Args, seed: int) -> Measured:
     """Train the peer. Raises RunFault."""
     command = [args.peer_python or sys.executable, str(Path(__file__).with_name("speed_sb3.py"))]
     command += ["--agent", args.agent, "--env", args.env, "--seed", str(seed), "--steps", str(args.steps)]
-    command += [
-        "--warm-step",
-        str(args.steps // 10),
-        "--eval-every",
-        str(EVAL_EVERY),
-        "--eval-episodes",
-        str(EVAL_EPISODES),
-    ]
-    command += ["--threads", str(args.threads)]
+    command += ["--warm-step", str(args.steps // 10), "--threads", str(args.threads)]
+    command += ["--eval-every", str(EVAL_EVERY), "--eval-episodes", str(EVAL_EPISODES)]
     text, process, memory = run_child(command)
     timing = json.loads(text.splitlines()[-1])
     return Measured(timing["steps"] / timing["seconds"], process, memory)
@@ -159,7 +143,8 @@ def compare_training(args: Args) -> None:
         raise UsageError(f"--peer-python {args.peer_python}: {error.strerror}") from error
     if found != 0:
         raise UsageError(
-            f"{package} is not installed: pip install -e '.[bench]' (or name a Python that has it: --peer-python)"
+            f"{package} is not installed: pip install -e '.[bench]' "
+            "(or name a Python that has it: --peer-python)"
         )
     print(f"{args.agent}, {args.env}, {args.steps:,} steps, {os.cpu_count()} cores; zoo | {package}")
     ratios = []
@@ -191,14 +176,15 @@ def alternate(sides: dict[str, Callable[[], float]], rounds: int) -> tuple[dict[
 
 
 def compare_updates(args: Args) -> None:
-    """One minibatch update of PPO with its defaults on the task, compiled and eager, one thread."""
+    """An epoch of PPO with its defaults on the task, a minibatch's share of it, compiled and eager, one
+    thread."""
     import torch
-    from torch.func import functional_call, grad_and_value
+    from torch.func import functional_call
 
     from zoo import ppo
     from zoo.common.device import compile_function, compile_seconds, flatten, setup
     from zoo.common.envs import make_envs
-    from zoo.common.optim import adam, clip_grad, new_adam
+    from zoo.common.optim import new_adam
 
     device = setup("cpu", 1)
     defaults = ppo.Args(env=args.env)
@@ -210,45 +196,39 @@ def compare_updates(args: Args) -> None:
     def forward(params, obs):
         return functional_call(net, unflatten(params), (obs,))
 
-    def update(params, opt, batch, learning_rate, kl_coef):
-        grad, (_, metrics) = grad_and_value(ppo.ppo_loss, has_aux=True)(
-            params, batch, kl_coef, forward, defaults
-        )
-        grad, grad_norm = clip_grad(grad, defaults.max_grad_norm)
-        params, opt = adam(params, grad, opt, learning_rate)
-        return params, opt, metrics | {"grad_norm": grad_norm}
-
-    size = defaults.minibatch_size
-    obs = torch.randn(size, envs.obs_dim)
+    rows = defaults.num_envs * defaults.num_steps
+    minibatches = rows // defaults.minibatch_size
+    obs = torch.randn(rows, envs.obs_dim)
     dist, value = forward(params, obs)
-    action = dist.sample(ppo.draw_noise(envs, size, generator=torch.Generator().manual_seed(0)))
-    columns = (obs, action, dist.log_prob(action), value, torch.randn(size), value + torch.randn(size))
+    action = dist.sample(ppo.draw_noise(envs, rows, generator=torch.Generator().manual_seed(0)))
+    columns = (obs, action, dist.log_prob(action), value, torch.randn(rows), value + torch.randn(rows))
     batch = ppo.Batch(*(column.detach() for column in columns))
     learning_rate, kl_coef = torch.tensor(1e-6), torch.tensor(1.0)
-    repeats = 200
+    order = torch.randperm(rows)
+    envs.close()
 
-    def timed(function: Callable) -> Callable[[], float]:
+    def timed(epoch: Callable, repeats: int = 6) -> Callable[[], float]:
         def run() -> float:
             p, opt = params, new_adam(params)
             start = time.perf_counter()
             for _ in range(repeats):
-                p, opt, _ = function(p, opt, batch, learning_rate, kl_coef)
-            return (time.perf_counter() - start) / repeats * 1e6
+                p, opt, _ = epoch(p, opt, batch, order, learning_rate, kl_coef)
+            return (time.perf_counter() - start) / (repeats * minibatches) * 1e6
 
         return run
 
-    compiled = compile_function(update, device)
-    sides = {"compiled": timed(compiled), "eager": timed(update)}
+    improve = partial(ppo.improve, forward, defaults)
+    sides = {"compiled": timed(compile_function(improve, device)), "eager": timed(improve)}
     for side in sides.values():  # compile and warm up
         side()
     medians, ratios = alternate(sides, rounds=5 * args.pairs)
     figures = ", ".join(f"{name} {microseconds:.0f} us" for name, microseconds in medians.items())
     print(
-        f"one PPO minibatch update, batch {size}, {args.env}, 1 thread: {figures} (compilation {compile_seconds():.1f} s)"
+        f"PPO, {args.env}, 1 thread, a minibatch of {defaults.minibatch_size} in an epoch of {minibatches}: "
+        f"{figures} (compilation {compile_seconds():.1f} s)"
     )
-    print(
-        f"median ratio {statistics.median(ratios):.2f} [{min(ratios):.2f} .. {max(ratios):.2f}] of {len(ratios)} pairs"
-    )
+    spread = f"[{min(ratios):.2f} .. {max(ratios):.2f}] of {len(ratios)} pairs"
+    print(f"median ratio {statistics.median(ratios):.2f} {spread}")
 
 
 def compare_engines(args: Args) -> None:

@@ -1,6 +1,7 @@
 """Watch a trained agent, on the screen or as a video.
 
 python scripts/watch.py runs/MY_RUN
+python scripts/watch.py results/ppo/HalfCheetah-v4        the agent of the median seed
 python scripts/watch.py agent.pt --video agent.gif --episodes 1
 """
 
@@ -23,7 +24,7 @@ from zoo.common.errors import RunFault, UsageError
 @dataclass
 class Args:
     run: Annotated[Path, tyro.conf.Positional]
-    """folder of a finished run, or an agent.pt"""
+    """folder of a finished run or of results, or an agent.pt"""
     video: Path | None = None
     """.mp4 or .gif to write, instead of showing it on the screen"""
     episodes: int = 1
@@ -75,9 +76,8 @@ def play(args: Args) -> str:
                 obs, reward, terminated, truncated, _ = env.step(action)
                 total, ended = total + float(reward), terminated or truncated
                 if video:
-                    video.append_data(
-                        env.render()
-                    )  # written as it goes: 1,000 frames of 480 x 480 are 700 MB
+                    # written as it goes: 1,000 frames of 480 x 480 are 700 MB
+                    video.append_data(env.render())
         env.close()
         if video:
             video.close()

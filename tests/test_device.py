@@ -4,6 +4,7 @@ vector."""
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.func import functional_call
 
 from zoo import ppo
 from zoo.common import device
-from zoo.common.device import compile_function, flatten, restore_generator, setup
+from zoo.common.device import compile_function, flatten, scan, setup
 from zoo.common.errors import UsageError
 from zoo.common.optim import new_adam
 
@@ -22,50 +23,53 @@ CPU = torch.device("cpu")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
-def ppos_update(monkeypatch, tmp_path, env, where="cpu", **changes):
-    """The update that train builds, uncompiled, and the arguments of its first call."""
-    functions, calls = {}, []
+def ppos_pass(monkeypatch, tmp_path, env, where="cpu", **changes):
+    """The pass over a batch that train compiles, uncompiled, and the arguments of its first call."""
+    functions, calls = [], []
 
     def record(function, where, enabled):
-        functions[function.__name__] = function
+        functions.append(function)
 
         def call(*args):
-            if function.__name__ == "update":
-                calls.append(args)
+            calls.append(args)
             return function(*args)
 
         return call
 
     monkeypatch.setattr(ppo, "compile_function", record)
     ppo.train(ppo.Args(
-        env=env, num_envs=8, num_steps=8, minibatch_size=64, total_steps=64, num_epochs=1, device=where, progress=False,
-        run_dir=str(tmp_path), eval_episodes=1, **changes,
+        env=env, num_envs=8, num_steps=8, minibatch_size=16, total_steps=64, num_epochs=1, device=where,
+        progress=False, run_dir=str(tmp_path), eval_episodes=1, **changes,
     ))  # fmt: skip
     monkeypatch.undo()
-    return functions["update"], calls[0]
+    (improve,) = functions  # one compiled function is all there is
+    return improve, calls[0]
 
 
-def many_updates(update, first, steps):
-    """Parameters, optimiser state and metrics after `steps` updates on batches that change."""
-    params, opt, batch, learning_rate, beta = first
+def many_updates(improve, first, passes):
+    """Parameters, optimiser state and metrics after `passes` passes, 4 updates each, over batches that
+    change."""
+    params, opt, batch, order, learning_rate, beta = first
     rng = torch.Generator().manual_seed(0)
     history = []
-    for i in range(steps):
+    for i in range(passes):
         advantage, return_ = (torch.randn(len(batch.obs), generator=rng).to(params.device) for _ in range(2))
         obs = batch.obs + torch.randn(batch.obs.shape, generator=rng).to(params.device)
+        order = torch.randperm(len(batch.obs), generator=rng).to(params.device)
         new = batch._replace(obs=obs, advantage=advantage, return_=return_)
-        params, opt, metrics = update(params, opt, new, learning_rate * (1 - i / steps), beta)
+        params, opt, metrics = improve(params, opt, new, order, learning_rate * (1 - i / passes), beta)
         history.append(torch.stack(list(metrics.values())))
     return params, opt, torch.stack(history)
 
 
 def test_compiled_updates_equal_eager_ones(tmp_path, monkeypatch, capsys):
-    update, first = ppos_update(
+    improve, first = ppos_pass(
         monkeypatch, tmp_path, "Pendulum-v1", surrogate="clip", value_clip=0.2, entropy_coef=0.01
     )
     start = first[0].clone()
-    compiled = compile_function(update, CPU)
-    ours, theirs = (many_updates(function, first, 200) for function in (compiled, update))
+    compiled = compile_function(improve, CPU)
+    capsys.readouterr()
+    ours, theirs = (many_updates(function, first, 50) for function in (compiled, improve))
     assert capsys.readouterr().err == ""  # no fallback
     assert torch.equal(first[0], start)  # the update is pure
     assert (theirs[0] - start).abs().max() > 0.01
@@ -74,6 +78,147 @@ def test_compiled_updates_equal_eager_ones(tmp_path, monkeypatch, capsys):
     assert ours[1]["t"] == theirs[1]["t"] == 200
     torch.testing.assert_close(ours[2][0], theirs[2][0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours[2], theirs[2], rtol=1e-2, atol=1e-3)
+
+
+# --- what compiled code reads may change --------------------------------------------------------------------
+
+
+def test_a_constant_argument_that_changes_is_seen(capsys):
+    """Compiled for real: every call gives what the same Python would."""
+
+    def times(x, c):
+        return x * c
+
+    compiled, x = compile_function(times, CPU), torch.ones(3)
+    assert [compiled(x, c).tolist() for c in (1.0, 5.0, 1.0)] == [[c] * 3 for c in (1.0, 5.0, 1.0)]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile with its tracing and its guards, but no kernels, which take seconds each; the number of
+    times that it traced is in `traced[0]`."""
+    traces, real = [0], torch.compile
+
+    def backend(graph, inputs, **_):
+        traces[0] += 1
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **kwargs: real(function, backend=backend, **kwargs)
+    )
+    monkeypatch.setattr(device._Compiled, "warned", False)
+    return traces
+
+
+@dataclass
+class Settings:
+    coef: float
+
+
+FACTOR = 1.0
+
+
+def test_whatever_else_it_reads_may_change(traced, monkeypatch, capsys):
+    settings, cell = Settings(1.0), 1.0
+
+    def of_field(x, settings):
+        return x * settings.coef
+
+    def of_closed_over_field(x):
+        return x * settings.coef
+
+    def of_cell(x):
+        return x * cell
+
+    def of_global(x):
+        return x * FACTOR
+
+    x, calls = torch.ones(2), {}
+    for function, *extra in ((of_field, settings), (of_closed_over_field,), (of_cell,), (of_global,)):
+        calls[function.__name__] = (compile_function(function, CPU), *extra)
+    for value in (1.0, 5.0, -2.0):
+        settings.coef = cell = value
+        monkeypatch.setattr(sys.modules[__name__], "FACTOR", value)
+        found = {name: function(x, *extra).tolist() for name, (function, *extra) in calls.items()}
+        assert found == dict.fromkeys(calls, [value] * 2)
+    assert traced[0] == 4 * 3  # it was compiled each time, not run eagerly
+    assert capsys.readouterr().err == ""
+
+
+def test_what_keeps_changing_is_run_eagerly_after_one_warning(traced, capsys):
+    def times(x, c):
+        return x * c
+
+    compiled, x = compile_function(times, CPU), torch.ones(2)
+    with torch._dynamo.config.patch(recompile_limit=3):
+        results = [compiled(x, float(c)).tolist() for c in range(8)]
+    assert results == [[float(c)] * 2 for c in range(8)]
+    assert traced[0] == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(
+        "warning: torch.compile failed, running times eagerly (a constant that it reads keeps changing"
+    )
+
+
+# --- scan ---------------------------------------------------------------------------------------------------
+
+
+def affine(factor):
+    """A pass that scans a recurrence over rows of a tuple and a dict."""
+
+    def step(carry, row):
+        x, more = row
+        total = carry["total"] * factor + x * more["w"]
+        return {"total": total, "count": carry["count"] + 1}, (total.sum(), {"first": total[0] - factor})
+
+    def whole(total, x, w):
+        carry = {"total": total, "count": torch.zeros(())}
+        return scan(step, carry, (x, {"w": w}))
+
+    return whole
+
+
+def flat(result):
+    carry, (sums, more) = result
+    return carry["total"], carry["count"], sums, more["first"]
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_scan_by_hand(n):
+    rng = torch.Generator().manual_seed(n)
+    total, x, w = (torch.randn(*shape, generator=rng) for shape in ((3,), (n, 3), (n, 3)))
+    ours, sums, firsts = flat(affine(0.5)(total, x, w)), [], []
+    for i in range(n):
+        total = total * 0.5 + x[i] * w[i]
+        sums.append(total.sum())
+        firsts.append(total[0] - 0.5)
+    expected = (total, torch.tensor(float(n)), torch.stack(sums), torch.stack(firsts))
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_compiled_scan_equals_the_eager_one_and_is_cached_by_its_code(tmp_path, monkeypatch, capsys):
+    """One row and several; and of two loops that differ in their step alone, compiled into one new cache, each
+    keeps its own result, while the first, compiled once more, is found in the cache."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    rng = torch.Generator().manual_seed(0)
+    hits = []
+    for factor, n in ((0.5, 4), (2.0, 4), (0.5, 4), (0.5, 1)):
+        torch._dynamo.reset()  # as in a new process: nothing but the folder is left
+        before = counters["inductor"]["fxgraph_cache_hit"]
+        args = [torch.randn(*shape, generator=rng) for shape in ((3,), (n, 3), (n, 3))]
+        ours, theirs = flat(compile_function(affine(factor), CPU)(*args)), flat(affine(factor)(*args))
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other)
+        hits.append(counters["inductor"]["fxgraph_cache_hit"] - before)
+    assert hits == [0, 0, 1, 0]
+    assert capsys.readouterr().err == ""  # no fallback
+
+
+# --- one code, many functions -------------------------------------------------------------------------------
 
 
 def test_one_code_with_other_constants_is_compiled_anew():
@@ -137,8 +282,8 @@ def test_a_run_without_a_compiler(tmp_path):
         "OMP_NUM_THREADS": "1",
     }
     command = [
-        sys.executable, ppo.__file__, "--env", "CartPole-v1", "--total-steps", "512", "--num-epochs", "1", "--device", "cpu",
-        "--run-dir", str(tmp_path / "run"), "--eval-episodes", "1",
+        sys.executable, ppo.__file__, "--env", "CartPole-v1", "--total-steps", "512", "--num-epochs", "1",
+        "--device", "cpu", "--run-dir", str(tmp_path / "run"), "--eval-episodes", "1",
     ]  # fmt: skip
     path = os.pathsep.join(
         [str(Path(ppo.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -196,26 +341,14 @@ def test_cuda_asked_for_and_absent(monkeypatch):
         setup("cuda")
 
 
-def test_a_generator_goes_on_or_begins_anew_where_the_state_is_another_devices():
-    source, restored = torch.Generator().manual_seed(5), torch.Generator()
-    source.seed()
-    state = source.get_state()
-    restore_generator(restored, state, seed=7)
-    assert torch.equal(torch.randn(9, generator=restored), torch.randn(9, generator=source))
-
-    restore_generator(restored, torch.zeros(16, dtype=torch.uint8), seed=7)  # the size of a CUDA generator's
-    assert torch.equal(
-        torch.randn(9, generator=restored), torch.randn(9, generator=torch.Generator().manual_seed(7))
-    )
-
-
 @cuda
 def test_captured_updates_equal_eager_ones(tmp_path, monkeypatch, capsys):
-    update, first = ppos_update(
+    improve, first = ppos_pass(
         monkeypatch, tmp_path, "Pendulum-v1", where="cuda", value_clip=0.2, entropy_coef=0.01
     )
-    captured = compile_function(update, torch.device("cuda"))
-    ours, theirs = (many_updates(function, first, 200) for function in (captured, update))
+    captured = compile_function(improve, torch.device("cuda"))
+    capsys.readouterr()
+    ours, theirs = (many_updates(function, first, 50) for function in (captured, improve))
     assert capsys.readouterr().err == ""
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-3, atol=2e-4)
     torch.testing.assert_close(ours[2], theirs[2], rtol=1e-2, atol=1e-3)

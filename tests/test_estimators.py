@@ -4,16 +4,11 @@ of the whole."""
 import csv
 import math
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import estimators
 import pytest
 import torch
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import estimators
 
 from zoo import ppo
 
@@ -151,6 +146,11 @@ def test_scores_are_the_gradients_of_log_pi(tiny):
     assert agent.step == 1024 and agent.env == "CartPole-v1"
     episodes = estimators.play(agent, agent.theta, 100, 100, 3)
     assert len(episodes) >= 20 and all(len(e.reward) == len(e.value) for e in episodes)
+    firsts = [
+        estimators.play(agent, agent.theta, 1, 1, seed, purpose)[0].obs[0].tolist()
+        for seed, purpose in ((3, "sample"), (3, "reference"), (4, "sample"))
+    ]
+    assert firsts[0] == episodes[0].obs[0].tolist() and len({tuple(first) for first in firsts}) == 3
     e = episodes[0]
     summed = torch.func.grad(lambda x: agent.policy(x, e.obs).log_prob(e.action).sum())(agent.theta)
     assert torch.allclose(agent.scores(agent.theta, e.obs, e.action).sum(0), summed, atol=1e-4)

@@ -1,15 +1,10 @@
 """scripts/plot.py: what it reads of the curves, and that it writes a picture or says in one line why not."""
 
 import sys
-from pathlib import Path
 
 import numpy as np
-import pytest
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
 import plot
+import pytest
 
 from zoo.common.errors import UsageError
 

@@ -3,6 +3,7 @@ refuses."""
 
 import csv
 import fcntl
+import inspect
 import math
 import re
 import signal
@@ -10,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +25,9 @@ from zoo.common.envs import make_envs
 from zoo.common.errors import EnvironmentFault, RunFault
 from zoo.common.files import load_checkpoint
 from zoo.common.normalize import normalize
-from zoo.common.run import Run
+from zoo.common.optim import new_adam
+from zoo.common.process import Process
+from zoo.common.seeding import env_seeds
 from zoo.ppo import (
     Args,
     Batch,
@@ -42,7 +46,8 @@ from zoo.ppo import (
 # gamma 1/2. One environment sees a termination (row 1), a truncation (row 2) and the rollout's boundary (row
 # 4):
 #   delta_0 = 1 + 4/2 - 2 = 1      delta_1 = 2 - 4 = -2 (terminated: V' = 100 is worth nothing)
-#   delta_2 = 3 + 8/2 - 6 = 1 (truncated: V' counts)      delta_3 = 4 + 2/2 - 10 = -5      delta_4 = 5 + 6/2 - 2 = 6
+#   delta_2 = 3 + 8/2 - 6 = 1 (truncated: V' counts)
+#   delta_3 = 4 + 2/2 - 10 = -5    delta_4 = 5 + 6/2 - 2 = 6
 # The other, with rewards 1 and a critic of zeros, sees none: its deltas are 1.
 GAE_ROWS = dict(
     reward=[[1, 1], [2, 1], [3, 1], [4, 1], [5, 1]],
@@ -103,9 +108,14 @@ def test_gaussian_equals_torchs():
     assert torch.equal(ours.mode(), mean)
 
 
+def actions_of(discrete: bool, action_dim: int) -> Any:
+    """What draw_noise asks of environments."""
+    return SimpleNamespace(discrete=discrete, action_dim=action_dim)
+
+
 def test_categorical_samples_have_its_frequencies():
     p, n = torch.tensor([0.5, 0.3, 0.15, 0.04, 0.01]), 100_000
-    envs, generator = SimpleNamespace(discrete=True, action_dim=5), torch.Generator().manual_seed(0)
+    envs, generator = actions_of(discrete=True, action_dim=5), torch.Generator().manual_seed(0)
     noise = draw_noise(envs, n, generator=generator)
     frequency = Categorical(p.log() + 7).sample(noise).bincount(minlength=5) / n
     assert ((frequency - p).abs() < 5 * (p * (1 - p) / n).sqrt()).all(), frequency
@@ -113,7 +123,7 @@ def test_categorical_samples_have_its_frequencies():
 
 def test_gaussian_samples_have_its_moments():
     n, mean, log_std = 100_000, torch.tensor([1.0, -2.0]), torch.tensor([0.5, -1.0])
-    envs, generator = SimpleNamespace(discrete=False, action_dim=2), torch.Generator().manual_seed(0)
+    envs, generator = actions_of(discrete=False, action_dim=2), torch.Generator().manual_seed(0)
     sample = Gaussian(mean, log_std).sample(draw_noise(envs, n, generator=generator))
     std = log_std.exp()
     assert ((sample.mean(0) - mean).abs() < 5 * std / n**0.5).all()
@@ -122,7 +132,7 @@ def test_gaussian_samples_have_its_moments():
 
 
 def test_noise_comes_from_the_generator_alone():
-    envs = SimpleNamespace(discrete=True, action_dim=2)
+    envs = actions_of(discrete=True, action_dim=2)
     first, again = (draw_noise(envs, 4, 3, generator=torch.Generator().manual_seed(5)) for _ in range(2))
     assert first.shape == (4, 3, 2) and torch.equal(first, again)
 
@@ -240,7 +250,8 @@ def test_loss_and_gradient_equal_the_formula(surrogate, value_clip, normalize_ad
     obs = rng.normal(size=(B, D))
     action = rng.integers(0, A, B) if discrete else rng.normal(size=(B, A))
     batch = Batch(*map(torch.from_numpy, (
-        obs, action, np.zeros(B), obs @ params[-D:] + rng.normal(size=B) * 0.4, rng.normal(0.5, 2.0, B), rng.normal(size=B),
+        obs, action, np.zeros(B), obs @ params[-D:] + rng.normal(size=B) * 0.4,
+        rng.normal(0.5, 2.0, B), rng.normal(size=B),
     )))  # fmt: skip
     forward = linear_forward(discrete)
     now = forward(torch.from_numpy(params), batch.obs)[0].log_prob(batch.action)
@@ -253,6 +264,8 @@ def test_loss_and_gradient_equal_the_formula(surrogate, value_clip, normalize_ad
     )
     expected, expected_metrics = reference_loss(params, batch, 1.7, args, discrete)
     assert loss.item() == pytest.approx(expected, rel=1e-10)
+    net: Any = SimpleNamespace(policy=lambda obs: forward(torch.from_numpy(params), obs)[0])
+    metrics |= {"approx_kl": ppo.approx_kl(net, batch)}  # which is not the loss's to measure
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
         expected_metrics, rel=1e-6
     )
@@ -286,9 +299,12 @@ def test_adapting_the_kl_coefficient():
 
 # --- what train hands to the update -------------------------------------------------------------------------
 
-SMALL = dict(
-    num_envs=8, num_steps=16, minibatch_size=128, num_epochs=10, learning_rate=1e-2, hidden=(16,), gamma=0.9, eval_every=0,
-    total_steps=128 * 25, normalize_obs=False, scale_rewards=False, device="cpu", compile=False, progress=False, env_threads=1,
+EVEN_ODD = 10  # a seed under which the first environment's seed is even and the second's odd
+
+SMALL: dict[str, Any] = dict(
+    num_envs=8, num_steps=16, minibatch_size=128, num_epochs=10, learning_rate=1e-2, hidden=(16,),
+    gamma=0.9, eval_every=0, total_steps=128 * 25, normalize_obs=False, scale_rewards=False, device="cpu",
+    compile=False, progress=False, env_threads=1,
 )  # fmt: skip
 
 
@@ -306,21 +322,34 @@ def rows(folder):
 
 @pytest.fixture
 def spy(monkeypatch):
-    """The functions that train hands to compile_function, and the arguments of their calls, by name."""
-    seen = SimpleNamespace(functions={}, calls={})
+    """The calls of PPO's functions in order: spy["update"] is a list of calls, each with the arguments by
+    their names and with `result`."""
+    calls: dict[str, list[SimpleNamespace]] = {}
 
-    def record(function, device, enabled):
-        calls = seen.calls.setdefault(function.__name__, [])
-        seen.functions[function.__name__] = function
+    def watch(name):
+        function, calls[name] = getattr(ppo, name), []
+        signature = inspect.signature(function)
 
-        def call(*args):
-            calls.append(args)
-            return function(*args)
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs)
+            calls[name].append(SimpleNamespace(**signature.bind(*args, **kwargs).arguments, result=result))
+            return result
 
-        return call
+        monkeypatch.setattr(ppo, name, call)
 
-    monkeypatch.setattr(ppo, "compile_function", record)
-    return seen
+    for name in ("draw_noise", "policy_at", "collect", "as_seen", "gae", "update", "adapt_kl_coef"):
+        watch(name)
+    return calls
+
+
+def critic(call, params, obs):
+    """V by the network of an update's call, at any parameters."""
+    return call.forward(params, obs)[1]
+
+
+def log_prob(call, params, obs, action):
+    """The same of log pi."""
+    return call.forward(params, obs)[0].log_prob(action)
 
 
 @pytest.mark.parametrize("normalize_advantages", [True, False])
@@ -331,23 +360,26 @@ def test_targets_bootstrap_from_the_true_successor_and_from_the_raw_advantage(
     iterations."""
     from test_envs import FIRST, SECOND
 
+    # seeds that are even and odd start the two copies with the first and the second episode
+    assert [seed % 2 for seed in env_seeds(EVEN_ODD, "environments", 2, 0)] == [0, 1]
     ppo.train(small(
-        tmp_path, "probe/Scripted-v0", num_envs=2, num_steps=8, minibatch_size=16, total_steps=32, num_epochs=1, seed=2,
-        gae_lambda=0.0, normalize_advantages=normalize_advantages, normalize_obs=True,
+        tmp_path, "probe/Scripted-v0", num_envs=2, num_steps=8, minibatch_size=16, total_steps=32,
+        num_epochs=1, seed=EVEN_ODD, gae_lambda=0.0, normalize_advantages=normalize_advantages,
+        normalize_obs=True,
     ))  # fmt: skip
-    critic = spy.functions["critic"]
     transitions = {row[0]: row for row in FIRST + SECOND}
-    assert len(spy.calls["update"]) == 2 and len(transitions) == 8
-    for iteration, (params, _, batch, _, _) in enumerate(spy.calls["update"]):
-        stats = spy.calls["act"][8 * iteration][1]  # of the observations when these were acted on
+    assert len(spy["update"]) == 2 and len(transitions) == 8
+    for iteration, call in enumerate(spy["update"]):
+        params, batch = call.params, call.batch
+        stats = spy["policy_at"][iteration].obs_stats  # of the observations when these were acted on
         assert stats["count"] == 16 * iteration
         if iteration:
             assert stats["mean"].item() == pytest.approx(
                 np.mean([row[0] for row in FIRST + SECOND]), rel=1e-12
             )
 
-        def value(obs, params=params, stats=stats):
-            return critic(params, normalize(torch.tensor([[float(obs)]]), stats))
+        def value(obs, call=call, params=params, stats=stats):
+            return critic(call, params, normalize(torch.tensor([[float(obs)]]), stats))
 
         seen = {obs: normalize(torch.tensor([float(obs)]), stats) for obs in transitions}
         found = [next(obs for obs in transitions if torch.equal(seen[obs], row)) for row in batch.obs]
@@ -358,40 +390,49 @@ def test_targets_bootstrap_from_the_true_successor_and_from_the_raw_advantage(
             torch.testing.assert_close(batch.return_[i : i + 1], target, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(batch.value[i : i + 1], value(obs), rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(batch.advantage[i : i + 1], target - value(obs), rtol=1e-5, atol=1e-5)
-        if (
-            iteration
-        ):  # the wrong successors, the first observations after the two truncations, have other values
+        if iteration:
+            # the wrong successors, the first observations after the two truncations, have other values
             assert abs(value(21) - value(30)) > 0.01 and abs(value(33) - value(40)) > 0.01
     assert batch.advantage.mean().abs() > 0.1 and abs(batch.advantage.std(unbiased=False) - 1) > 0.1  # raw
+
+
+def joined(calls):
+    """The minibatches of some updates as one batch."""
+    return Batch(*map(torch.cat, zip(*(call.batch for call in calls), strict=True)))
 
 
 @pytest.mark.parametrize("recompute", [True, False])
 def test_epochs_visit_every_transition_and_recompute_advantages_when_asked(tmp_path, spy, recompute):
     ppo.train(small(
-        tmp_path, "CartPole-v1", minibatch_size=32, num_epochs=3, total_steps=256, recompute_advantages=recompute,
+        tmp_path, "CartPole-v1", minibatch_size=32, num_epochs=3, total_steps=256,
+        recompute_advantages=recompute,
     ))  # fmt: skip
-    log_prob, critic = spy.functions["log_prob"], spy.functions["critic"]
-    updates = spy.calls["update"]
+    updates = spy["update"]
     assert len(updates) == 2 * 3 * 4
     for iteration in (updates[:12], updates[12:]):
         epochs = [iteration[0:4], iteration[4:8], iteration[8:12]]
-        columns = [Batch(*map(torch.cat, zip(*(call[2] for call in epoch), strict=True))) for epoch in epochs]
+        columns = [joined(epoch) for epoch in epochs]
         orders = [column.obs[:, 0].argsort() for column in columns]
         for epoch, column, order in zip(epochs, columns, orders, strict=True):
             assert torch.equal(column.obs[order], columns[0].obs[orders[0]])
-            assert torch.equal(
-                column.log_prob[order], columns[0].log_prob[orders[0]]
-            )  # pi_old's, in every epoch
-            params = epoch[0][0] if recompute else epochs[0][0][0]
-            torch.testing.assert_close(column.value, critic(params, column.obs), rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(column.return_, column.advantage + column.value)
+            for name in ("log_prob", "value"):  # pi_old's and the rollout's critic's, in every epoch
+                now, first = getattr(column, name)[order], getattr(columns[0], name)[orders[0]]
+                assert torch.equal(now, first), name
+            params = epoch[0].params if recompute else epochs[0][0].params
+            value = critic(epoch[0], params, column.obs)  # of the advantages
+            torch.testing.assert_close(column.return_, column.advantage + value, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            columns[0].value, critic(iteration[0], iteration[0].params, columns[0].obs), rtol=1e-5, atol=1e-5
+        )
         same = torch.equal(columns[2].advantage[orders[2]], columns[0].advantage[orders[0]])
         assert same != recompute
         assert not torch.equal(columns[0].obs, columns[1].obs)  # shuffled anew
-        params, _, batch = iteration[0][:3]
+        call, batch = iteration[0], iteration[0].batch
         torch.testing.assert_close(
-            log_prob(params, batch.obs, batch.action), batch.log_prob
+            log_prob(call, call.params, batch.obs, batch.action), batch.log_prob
         )  # the first ratio is 1
+    for before, after in zip(updates, updates[1:], strict=False):  # every update goes on from the last one
+        assert torch.equal(before.result[0], after.params) and before.result[1] is after.opt
 
 
 def test_learning_rate_falls_linearly_or_stays(tmp_path):
@@ -407,9 +448,226 @@ def test_rewards_are_scaled_by_the_deviation_of_discounted_sums(tmp_path, spy):
     ppo.train(
         small(tmp_path, "probe/ActBox-v0", scale_rewards=True, total_steps=256, num_epochs=1, gae_lambda=1.0)
     )
-    (_, _, first, *_), _ = spy.calls["update"]
+    first = spy["update"][0].batch
     raw = -((2 * first.action[:, 0].clamp(-1, 1) + 1) ** 2)  # the action 4 + 2a, less 3, squared
     torch.testing.assert_close(first.return_, raw / raw.std(unbiased=False), rtol=1e-4, atol=1e-4)
+
+
+def test_batches_hold_the_transitions_as_they_were(tmp_path, spy, monkeypatch):
+    """Three rollouts, against a plain account of them: what of each transition reaches the estimator and the
+    updates. Episodes of 5 steps cross the boundaries between rollouts of 32, and one reward of 256 is large:
+    scaled it stands 14 deviations out."""
+    collected, rng = [], np.random.default_rng(1)
+    collect = ppo.collect
+
+    def collect_rewarded(*args):
+        rollout, obs, episodes = collect(*args)
+        reward = rng.normal(0.0, 0.01, (32, 8)).astype(np.float32)
+        reward[-1, 3] = 1000.0  # in the midst of an episode, so that the sum is carried over
+        collected.append(rollout._replace(reward=torch.from_numpy(reward)))
+        return collected[-1], obs, episodes
+
+    monkeypatch.setattr(ppo, "collect", collect_rewarded)
+    ppo.train(small(
+        tmp_path, "probe/Endless-v0", num_steps=32, num_epochs=1, minibatch_size=64, total_steps=3 * 256,
+        gamma=0.5, scale_rewards=True, normalize_obs=True, learning_rate=1e-3,
+    ))  # fmt: skip
+    table, sums, running = rows(tmp_path), [], np.zeros(8)
+    for i, (rollout, estimate) in enumerate(zip(collected, spy["gae"], strict=True)):
+        for reward, truncated in zip(rollout.reward.double().numpy(), rollout.truncated.numpy(), strict=True):
+            running = 0.5 * running + reward
+            sums.append(running)
+            running = running * ~truncated
+        assert running[3] == pytest.approx(1000, rel=1e-3)
+        expected = rollout.reward / np.std(sums)
+        assert expected.max() > 10
+        torch.testing.assert_close(estimate.reward.double(), expected.double(), rtol=1e-5, atol=1e-9)
+        assert torch.equal(estimate.truncated, rollout.truncated) and rollout.truncated.sum() >= 48
+        assert torch.equal(estimate.terminated, rollout.terminated)
+        return_ = estimate.result + estimate.value
+        unexplained = np.var(estimate.result.numpy()) / np.var(return_.numpy())
+        assert float(table[i]["explained_variance"]) == pytest.approx(1 - unexplained, rel=1e-3)
+        assert abs(unexplained - 1) > 0.01 * (i > 0)
+        batch = joined(spy["update"][4 * i : 4 * i + 4])
+        before = spy["policy_at"][i].obs_stats
+        held = {tuple(row) for row in torch.stack((batch.advantage, batch.return_, batch.value), 1).tolist()}
+        assert held == {
+            tuple(row)
+            for row in torch.stack((estimate.result, return_, estimate.value), -1).flatten(0, 1).tolist()
+        }
+        seen = normalize(rollout.obs, before).flatten(0, 1)
+        assert torch.equal(batch.obs.sort(0)[0], seen.sort(0)[0])
+        assert torch.equal(batch.action.sort()[0], rollout.action.flatten().sort()[0])
+
+
+def kl_of(call, params, batch):
+    """KL(pi_old || pi) by the batch's own actions, from the parameters, with torch's distributions."""
+    dist = call.forward(params, batch.obs)[0]
+    if isinstance(dist, Categorical):
+        now = td.Categorical(logits=dist.logits.double()).log_prob(batch.action)
+    else:
+        now = td.Normal(dist.mean.double(), dist.log_std.double().exp()).log_prob(batch.action).sum(-1)
+    r = (now - batch.log_prob.double()).exp()
+    return (r - 1 - r.log()).mean().item()
+
+
+@pytest.mark.parametrize("minibatch_size", [128, 32])
+@pytest.mark.parametrize("env", ["probe/ActOnObs-v0", "probe/ActOnObsBox-v0"])
+def test_the_kl_is_that_of_the_whole_batch_after_the_update(tmp_path, spy, env, minibatch_size):
+    ppo.train(small(
+        tmp_path, env, surrogate="adaptive-kl", num_epochs=1, minibatch_size=minibatch_size, total_steps=512,
+        learning_rate=0.02, target_kl=0.01,
+    ))  # fmt: skip
+    updates, n, kl_coef = spy["update"], 128 // minibatch_size, 1.0
+    for i, row in enumerate(rows(tmp_path)):
+        epoch = updates[n * i : n * i + n]
+        kl = kl_of(epoch[-1], epoch[-1].result[0], joined(epoch))
+        assert kl > 1e-4  # that before the only step would be 0
+        assert float(row["approx_kl"]) == pytest.approx(kl, rel=1e-3, abs=1e-6)
+        assert all(call.kl_coef == kl_coef for call in epoch)
+        kl_coef *= 2.0 if kl > 0.015 else 0.5 if kl < 0.01 / 1.5 else 1.0
+        assert float(row["kl_coef"]) == kl_coef
+
+
+def test_target_kl_reads_the_whole_batch_after_each_epoch(tmp_path, spy):
+    ppo.train(small(
+        tmp_path, "probe/ActOnObsBox-v0", minibatch_size=32, total_steps=512, learning_rate=0.01,
+        target_kl=0.02,
+    ))  # fmt: skip
+    updates = iter(spy["update"])
+    counts = [int(row["epochs"]) for row in rows(tmp_path)]
+    for count in counts:
+        epochs = [[next(updates) for _ in range(4)] for _ in range(count)]
+        kls = [kl_of(epoch[-1], epoch[-1].result[0], joined(epoch)) for epoch in epochs]
+        assert all(kl <= 0.02 for kl in kls[:-1]), kls
+        assert kls[-1] > 0.02 or count == 10, kls
+    assert next(updates, None) is None and min(counts) < 10
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_value_clip_holds_v_near_the_rollouts_in_all_epochs(tmp_path, recompute):
+    """One update towards a target that is 1 away: of V, the momentum may carry it a little beyond."""
+    moved = {}
+    for value_clip in (0.02, None):
+        folder = tmp_path / str(value_clip)
+        args = small(
+            folder, "probe/ConstantValue-v0", value_clip=value_clip, recompute_advantages=recompute,
+            minibatch_size=16, num_epochs=20, learning_rate=1e-3, total_steps=128, value_coef=1.0,
+        )  # fmt: skip
+        torch.manual_seed(ppo.generator_seed(args.seed, "network"))
+        with make_envs(args.env, 1) as envs:
+            before = ppo.ActorCritic(envs, args.hidden, args.log_std, args.shared_network)
+        value, _ = learnt(args)
+        moved[value_clip] = abs(value(0)[0] - before.value(torch.zeros(1, 1)).item())
+    assert moved[None] > 0.5 and moved[0.02] < 0.06, moved
+
+
+def test_a_coefficient_set_in_mid_run_counts_compiled_and_eagerly(tmp_path, monkeypatch, capsys):
+    """What is written is what runs: `args` may be edited within the loop."""
+    collect, args, calls = ppo.collect, None, 0
+
+    def collect_and_edit(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls % 4 == 3 and edited:  # the third of four iterations
+            args.entropy_coef = 5.0
+        return collect(*arguments)
+
+    monkeypatch.setattr(ppo, "collect", collect_and_edit)
+    entropies = {}
+    for edited, compiled in ((False, False), (True, False), (True, True)):
+        args = small(
+            tmp_path / f"{edited}{compiled}", "probe/ActBox-v0", compile=compiled, total_steps=512,
+            num_epochs=5, recompute_advantages=False, learning_rate=3e-3, hidden=(4,), minibatch_size=64,
+        )  # fmt: skip
+        ppo.train(args)
+        entropies[edited, compiled] = [float(row["entropy"]) for row in rows(args.run_dir)]
+    plain, eager, compiled_ = entropies.values()
+    assert eager[:2] == plain[:2] and eager[3] - plain[3] > 0.03
+    assert compiled_ == pytest.approx(eager, abs=2e-3)
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_noise_is_no_copy_of_what_the_networks_began_with(tmp_path, spy, monkeypatch):
+    """One seed, but a stream for each purpose: else the first exploration numbers are the first weights."""
+    first = []
+    init = ppo.ActorCritic.__init__
+
+    def init_and_look(self, *args):
+        with torch.random.fork_rng(devices=[]):
+            first.append((torch.randn(1024).numpy(), torch.get_rng_state()))
+        init(self, *args)
+
+    monkeypatch.setattr(ppo.ActorCritic, "__init__", init_and_look)
+    noise = []
+    for seed in (1, 2):
+        ppo.train(small(
+            tmp_path / str(seed), "probe/ActBox-v0", seed=seed, num_steps=128, num_epochs=1, total_steps=1024
+        ))  # fmt: skip
+        noise.append(spy["draw_noise"][-1].result.flatten().numpy())
+    streams = [first[0][0], *noise, first[2][0]]  # each run's first network is the trained one
+    correlation = np.abs(np.corrcoef(streams) - np.eye(4))
+    assert correlation.max() < 5 / 1024**0.5, correlation
+
+
+def test_a_resumed_run_begins_other_episodes(tmp_path, spy):
+    """Starts that were seen at step 0 are not seen again."""
+    args = small(tmp_path, "CartPole-v1", total_steps=128, num_epochs=1)
+    ppo.train(args)
+    for total_steps in (256, 384):
+        ppo.train(replace(args, run_dir=None, resume=str(tmp_path), total_steps=total_steps))
+    starts = np.concatenate([call.obs for call in spy["collect"]])
+    assert len(spy["collect"]) == 3 and len(np.unique(starts, axis=0)) == len(starts) == 24
+
+
+def test_observations_that_differ_in_float64_only_are_told_apart(tmp_path, spy):
+    """1e8 and 1e8 + 1 are one number in float32; normalised they are -1 and 1."""
+    ppo.train(small(tmp_path, "probe/Far-v0", normalize_obs=True, num_epochs=1, total_steps=256))
+    obs = spy["update"][1].batch.obs.flatten()
+    assert len(obs.unique()) == 2 and obs.max() - obs.min() == pytest.approx(2.0, abs=0.1)
+    assert obs.dtype == torch.float32
+
+
+# --- degenerate inputs --------------------------------------------------------------------------------------
+
+
+def test_a_task_on_which_all_rewards_are_equal_and_the_critic_becomes_exact(tmp_path):
+    """Every deviation that something is divided by is 0."""
+    value, _ = learnt(small(
+        tmp_path, "probe/ConstantValue-v0", scale_rewards=True, normalize_obs=True, normalize_advantages=True,
+        surrogate="adaptive-kl", value_clip=0.5, total_steps=128 * 12,
+    ))  # fmt: skip
+    assert value(0) == pytest.approx([1.0], abs=0.05)  # divided by no deviation
+    table = rows(tmp_path)
+    assert len(table) == 12
+    assert all(math.isfinite(float(x)) for row in table for x in row.values() if x)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.parametrize("normalize_advantages", [True, False])
+@pytest.mark.parametrize("surrogate", ["clip", "kl", "unclipped"])
+def test_updates_of_degenerate_batches_are_finite_and_small(surrogate, normalize_advantages, scale):
+    """Advantages all equal, an exact critic and, with logits of +-1e4, a policy that has no entropy."""
+    args = Args(surrogate=surrogate, normalize_advantages=normalize_advantages, entropy_coef=0.01)
+    rng = torch.Generator().manual_seed(0)
+    obs = torch.randn(B, D, generator=rng).sign()
+    params = torch.cat((scale * torch.randn(D * A, generator=rng), torch.zeros(A), torch.ones(D)))
+    forward = linear_forward(discrete=True)
+    dist, value = forward(params, obs)
+    old_log_prob = dist.log_prob(dist.mode())
+    batch = Batch(obs, dist.mode(), old_log_prob, value, torch.full((B,), 0.7), value)
+    new, _, metrics = ppo.update(
+        params, new_adam(params), batch, torch.tensor(1e-3), torch.tensor(1.0), forward, args
+    )
+    assert torch.isfinite(new).all() and all(torch.isfinite(x) for x in metrics.values()), metrics
+    assert (new - params).abs().max() < 1.1e-3
+    assert metrics["value_loss"] == 0 and torch.equal(new[-D:], params[-D:])  # nothing to learn for V
+    net: Any = SimpleNamespace(policy=lambda obs: forward(new, obs)[0])
+    assert 0 <= ppo.approx_kl(net, batch) < 1e-2
+    if scale == 1e4:
+        assert metrics["entropy"] == 0
+        if normalize_advantages:  # advantages all equal are none, once centred
+            assert torch.equal(new, params) and metrics["grad_norm"] == 0
 
 
 # --- probe environments -------------------------------------------------------------------------------------
@@ -470,8 +728,9 @@ def test_probe_acting_in_a_box(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, dict(surrogate="kl"), dict(surrogate="adaptive-kl"), dict(surrogate="unclipped"), dict(normalize_advantages=True),
-     dict(shared_network=True, entropy_coef=0.01), dict(target_kl=0.02), dict(normalize_obs=True, scale_rewards=True)],
+    [{}, dict(surrogate="kl"), dict(surrogate="adaptive-kl"), dict(surrogate="unclipped"),
+     dict(normalize_advantages=True), dict(shared_network=True, entropy_coef=0.01), dict(target_kl=0.02),
+     dict(normalize_obs=True, scale_rewards=True)],
     ids=lambda changes: ",".join(changes) or "defaults",
 )  # fmt: skip
 def test_probe_acting_on_the_observation(tmp_path, changes):
@@ -526,10 +785,10 @@ def test_the_same_seed_gives_the_same_table(tmp_path, env):
     changes = dict(
         total_steps=640, eval_every=256, eval_episodes=2, normalize_obs=True, scale_rewards=True, num_epochs=2
     )
-    tables = []
+    tables: list[list[dict]] = []
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
         torch.manual_seed(len(tables))  # nothing of the process's own generators may matter
-        np.random.seed(len(tables))
+        np.random.seed(len(tables))  # noqa: NPY002
         ppo.train(small(tmp_path / name, env, seed=seed, **changes))
         tables.append(rows(tmp_path / name))
     assert tables[0] == tables[1]
@@ -552,22 +811,21 @@ def test_a_stopped_run_resumed_equals_one_that_was_not(tmp_path, monkeypatch):
         small(tmp_path / name, "probe/ActOnObsBox-v0", **changes) for name in ("whole", "halves")
     )
     # a resumed run seeds its environments anew: here every iteration does, by its number
-    collect, calls = ppo.collect, []
+    collect, calls = ppo.collect, list[int]()
 
-    def collect_reseeded(envs, obs, act, noise):
+    def collect_reseeded(envs, obs, policy, noise):
         calls.append(len(calls))
         if stop_at is not None and len(calls) == stop_at:
             raise RunFault("power cut")
-        return collect(envs, envs.reset(100 * len(calls)), act, noise)
+        return collect(envs, envs.reset([8 * len(calls) + i for i in range(8)]), policy, noise)
 
     monkeypatch.setattr(ppo, "collect", collect_reseeded)
-    stop_at = None
+    stop_at: int | None = None
     ppo.train(whole)
     calls.clear()
     stop_at = 5
-    with pytest.raises(RunFault, match="power cut"):
+    with Process(), pytest.raises(RunFault, match="power cut"):  # which closes the run, as in main
         ppo.train(halves)
-    Run.latest.close()  # as main does
     assert load_checkpoint(tmp_path / "halves" / "checkpoint.pt", "--resume")["step"] == 128 * 4
     assert len(rows(tmp_path / "halves")) == 4
     calls.pop()
@@ -585,25 +843,26 @@ def test_a_stopped_run_resumed_equals_one_that_was_not(tmp_path, monkeypatch):
 
 
 def test_a_finished_run_can_be_resumed_and_says_so_or_ends_at_once(tmp_path, command_line):
-    """There is nothing left to do (total steps are no multiple of the batch here): no traceback, and the
-    files stay whole."""
+    """There is nothing left to do (total steps are no multiple of the batch here, whose last one was taken):
+    no traceback, and the files stay whole."""
     ppo.train(small(tmp_path, "probe/Act-v0", total_steps=300, num_epochs=1))
-    status, lines = command_line("--resume", tmp_path)
-    assert status in (0, 2) and len(lines) <= 1
-    assert (
-        load_checkpoint(tmp_path / "checkpoint.pt", "--resume")["step"]
-        == 256
-        == int(rows(tmp_path)[-1]["step"])
-    )
+    table = rows(tmp_path)
+    assert [row["step"] for row in table] == ["128", "256", "384"]
+    assert float(table[-1]["learning_rate"]) == pytest.approx(1e-2 * (1 - 256 / 300), rel=1e-5)
+    assert command_line("--resume", tmp_path) == (0, [])
+    assert rows(tmp_path) == table
+    assert load_checkpoint(tmp_path / "checkpoint.pt", "--resume")["step"] == 384
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_batch_of_one_transition_runs_or_is_refused(tmp_path, command_line):
+def test_a_batch_of_two_transitions_and_minibatches_of_one(tmp_path, command_line):
+    """The smallest there is: a batch of one has no variance and is refused."""
     status, lines = command_line(
-        "--env", "probe/Act-v0", "--num-envs", 1, "--num-steps", 1, "--minibatch-size", 1, "--total-steps", 3, "--no-compile",
-        "--run-dir", tmp_path,
+        "--env", "probe/Act-v0", "--num-envs", 1, "--num-steps", 2, "--minibatch-size", 1, "--total-steps", 5,
+        "--no-compile", "--run-dir", tmp_path,
     )  # fmt: skip
-    assert (status, lines) == (0, []) or (status == 2 and len(lines) == 1)
+    assert (status, lines) == (0, [])
+    assert [row["step"] for row in rows(tmp_path)] == ["2", "4", "6"]
 
 
 def test_cartpole_is_learnt(tmp_path, monkeypatch, capsys):
@@ -621,7 +880,9 @@ def test_cartpole_is_learnt(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", run)
     main(Args, ppo.train, lambda env: ppo.SETTINGS.get(env, {}))
     out = capsys.readouterr().out
-    mean = float(re.fullmatch(r"final evaluation: (\S+) ± \S+ over 10 episodes\n", out)[1])
+    told = re.fullmatch(r"final evaluation: (\S+) ± \S+ over 10 episodes\n", out)
+    assert told, out
+    mean = float(told[1])
     assert mean >= 475
     assert float(rows(tmp_path)[-1]["eval_return"]) == pytest.approx(mean, abs=0.01)
 
@@ -631,17 +892,19 @@ def test_cartpole_is_learnt(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def command_line(monkeypatch, capsys):
-    """Run PPO's command line in this process: its exit status and the lines on stderr."""
+    """Run PPO's command line in this process: its exit status and the lines on stderr, without those that
+    tell of the run's folder."""
 
     def run(*argv):
         monkeypatch.setattr(sys, "argv", ["ppo.py", *map(str, argv)])
         capsys.readouterr()
         try:
             main(Args, ppo.train, lambda env: ppo.SETTINGS.get(env, {}))
-            status = 0
+            status: Any = 0
         except SystemExit as end:
             status = end.code
-        return status, capsys.readouterr().err.splitlines()
+        told = ("run folder: ", "to watch it: ", "to evaluate it: ")
+        return status, [line for line in capsys.readouterr().err.splitlines() if not line.startswith(told)]
 
     old = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     yield run
@@ -663,7 +926,10 @@ def command_line(monkeypatch, capsys):
         (["--num-steps", -3], ["--num-steps", "at least 1", "-3"]),
         (["--num-epochs", 0], ["--num-epochs", "at least 1", "0"]),
         (["--total-steps", -1], ["--total-steps", "at least 1", "-1"]),
-        (["--total-steps", 2047], ["--total-steps 2047", "2048"]),
+        (
+            ["--num-envs", 1, "--num-steps", 1, "--minibatch-size", 1],
+            ["--num-envs", "--num-steps", "at least 2"],
+        ),
         (["--gamma", 1.01], ["--gamma", "[0, 1]", "1.01"]),
         (["--gae-lambda", -0.1], ["--gae-lambda", "[0, 1]", "-0.1"]),
         (["--hidden", 0], ["--hidden"]),
@@ -766,8 +1032,8 @@ def test_a_faulty_environment_ends_the_run_and_leaves_the_checkpoint(tmp_path, c
     """The fault is each copy's 40th step: two iterations of 16 are done."""
     env = f"probe/Faulty-{fault}-v0"
     status, lines = command_line(
-        "--env", env, "--num-envs", 2, "--num-steps", 16, "--minibatch-size", 32, "--total-steps", 1000, "--no-compile",
-        "--checkpoint-every", 1e-9, "--eval-every", 0, "--run-dir", tmp_path / "run",
+        "--env", env, "--num-envs", 2, "--num-steps", 16, "--minibatch-size", 32, "--total-steps", 1000,
+        "--no-compile", "--checkpoint-every", 1e-9, "--eval-every", 0, "--run-dir", tmp_path / "run",
     )  # fmt: skip
     assert status == 1 and lines[0].startswith(f"error: {env} {what}"), lines
     assert lines[1:] == [
@@ -780,8 +1046,8 @@ def test_a_faulty_environment_ends_the_run_and_leaves_the_checkpoint(tmp_path, c
 
 def test_a_diverging_run_stops_and_names_the_loss(tmp_path, command_line):
     status, lines = command_line(
-        "--env", "probe/ActBox-v0", "--num-envs", 2, "--num-steps", 16, "--minibatch-size", 32, "--learning-rate", 1e30,
-        "--total-steps", 3200, "--no-compile", "--run-dir", tmp_path, "--surrogate", "unclipped",
+        "--env", "probe/ActBox-v0", "--num-envs", 2, "--num-steps", 16, "--minibatch-size", 32,
+        "--learning-rate", 1e30, "--total-steps", 3200, "--no-compile", "--run-dir", tmp_path, "--surrogate", "unclipped",
     )  # fmt: skip
     assert status == 1 and re.match(
         r"error: \w+ became (nan|inf|-inf) in the iteration that ended at step", lines[0]

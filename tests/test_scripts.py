@@ -2,9 +2,12 @@
 tiny real one."""
 
 import csv
+import dataclasses
+import functools
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -13,41 +16,38 @@ import sys
 import time
 from pathlib import Path
 
-import imageio.v3 as imageio
-import pytest
-import torch
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
 import benchmark
 import evaluate
+import imageio.v3 as imageio
+import pytest
 import speed
+import torch
 import watch
 
+import zoo.common.device
 from zoo import actor_critic, ppo, reinforce, sac, trpo
+from zoo.common.args import RunArgs
 from zoo.common.errors import UsageError
+from zoo.common.files import load_checkpoint, save_checkpoint
+
+SCRIPTS = Path(benchmark.__file__).parent
 
 # What a run leaves behind, without torch. Its evaluation is 10 x seed^2 + rate, checkpoints come every 300
-# steps.
+# steps, its agent.pt was made before.
 STUB = """
-import argparse, dataclasses, fcntl, json, os, signal, sys, time
+import argparse, dataclasses, fcntl, json, os, shutil, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 
+from zoo.common.args import RunArgs
+
 @dataclass
-class Args:
+class Args(RunArgs):
     env: str = "CartPole-v1"
-    seed: int = 1
     total_steps: int = 900
+    eval_episodes: int = 3
     rate: float = 0.5
     hidden: tuple[int, ...] = (4, 4)
-    threads: int = 2
-    env_threads: int | None = None
-    eval_episodes: int = 3
-    progress: bool = True
-    run_dir: str | None = None
-    resume: str | None = None
 
 SETTINGS = {"Acrobot-v1": dict(total_steps=600)}
 
@@ -94,8 +94,10 @@ if __name__ == "__main__":
 
     signal.signal(signal.SIGINT, interrupted)
     for step in range(start + 1, args.total_steps + 1):
-        last = step == args.total_steps evaluation = f"{10 * args.seed**2 + args.rate},1.25" if last else
-        f"{step},2" if step % 450 == 0 else "," with open(table, "a") as file:
+        evaluation = f"{step},2" if step % 450 == 0 else ","
+        if step == args.total_steps:
+            evaluation = f"{10 * args.seed**2 + args.rate},1.25"
+        with open(table, "a") as file:
             file.write(f"{step},{step / 300:.10g},{300 + args.seed},12.3456789,9,{evaluation},0.123456789\\n")
         if step % 300 == 0:
             checkpoint.write_text(str(step))
@@ -104,7 +106,7 @@ if __name__ == "__main__":
                 sys.exit(1)
             while os.environ.get("STUB_HANG"):
                 time.sleep(0.02)
-    (folder / "agent.pt").write_text("trained")
+    shutil.copy(Path(__file__).with_name(f"agent_{args.seed}.pt"), folder / "agent.pt")
 """
 
 
@@ -113,6 +115,11 @@ def bench(tmp_path):
     """Calls benchmark.main on the stub; .calls() are the runs really started."""
     (tmp_path / "agents").mkdir()
     (tmp_path / "agents" / "stub.py").write_text(STUB)
+    for seed in range(1, 6):
+        args = dataclasses.asdict(RunArgs(env="CartPole-v1", seed=seed, total_steps=900, eval_episodes=3))
+        args |= dict(rate=0.5, hidden=(4, 4), env_threads=1, progress=False, run_dir=str(tmp_path))
+        content = {"agent": "stub", "env": "CartPole-v1", "args": args, "state": {"seed": seed}}
+        save_checkpoint(tmp_path / "agents" / f"agent_{seed}.pt", content)
     benchmark.load_agent.cache_clear()
 
     class Bench:
@@ -143,9 +150,14 @@ def bench(tmp_path):
     return Bench()
 
 
+is_in_history = benchmark.is_in_history
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(benchmark, "POLL", 0.01)
+    known = {"abc", "def"}  # the stub's commits
+    monkeypatch.setattr(benchmark, "is_in_history", lambda commit, repository: commit in known)
 
 
 def test_results_hold_statistics_curves_and_provenance(bench, capsys):
@@ -282,7 +294,8 @@ def test_other_arguments_are_refused_unless_forced(bench, capsys):
     assert bench.meta() == before
     assert bench("--args", "--rate 2", "--force", seeds="2,4") == 0
     assert [(s, e["mean"]) for s, e in bench.meta()["seeds"].items()] == [("2", 42.0), ("4", 162.0)]
-    assert sorted(path.name for path in bench.results.iterdir()) == ["meta.json", "seed_2.csv", "seed_4.csv"]
+    names = sorted(path.name for path in bench.results.iterdir())
+    assert names == ["agent.pt", "meta.json", "seed_2.csv", "seed_4.csv"]
     assert bench("--total-steps", "800", "--results", str(bench.results.parents[1] / "new"), seeds="2") == 2
     assert (
         "total_steps 900 there, 800 here" in capsys.readouterr().err
@@ -306,6 +319,107 @@ def test_commits_that_differ_are_shown_for_each_seed(bench, monkeypatch, capsys)
     meta = bench.meta()
     assert "commit" not in meta and [meta["seeds"][s]["commit"] for s in "12"] == ["abc", "def"]
     assert "2*" in capsys.readouterr().out
+
+
+def test_the_median_seeds_agent_is_kept(bench, capsys):
+    """Evaluations grow with the seed, so seeds alone say which is the median."""
+
+    def kept():
+        path = bench.results / "agent.pt"
+        return load_checkpoint(path, "")["state"]["seed"] if path.exists() else None
+
+    for seeds, median in (("5", 5), ("2,5", 2), ("2,3,5", 3), ("1-3,5", 2)):
+        assert bench(seeds=seeds) == 0
+        assert kept() == bench.meta()["agent_seed"] == median
+    args = load_checkpoint(bench.results / "agent.pt", "")["args"]
+    assert args["run_dir"] is None and args["seed"] == 2  # no path of this machine
+    assert str(bench.results.parents[2]).encode() not in (bench.results / "agent.pt").read_bytes()
+    (bench.results / "agent.pt").unlink()  # results recorded before agents were kept
+    assert bench(seeds="1") == 0 and kept() == bench.meta()["agent_seed"] == 2
+    shutil.rmtree(bench.runs)
+    assert bench(seeds="1") == 0 and kept() == bench.meta()["agent_seed"] == 2  # it stays
+    assert "note:" not in capsys.readouterr().err
+    assert bench(seeds="1-5") == 0 and bench.calls()[-2:] == ["CartPole-v1 4 fresh", "CartPole-v1 5 fresh"]
+    assert kept() is bench.meta()["agent_seed"] is None  # 3 is not at hand, and 2 no longer the median
+    assert "no agent.pt: the run of its median seed, 3, is not in" in capsys.readouterr().err
+
+
+def test_another_runs_agent_is_not_taken_for_the_median_seeds(bench, monkeypatch):
+    assert bench(seeds="1-3") == 0
+    (bench.results / "agent.pt").unlink()
+    progress = bench.runs / "seed_2" / "progress.csv"
+    progress.write_text(progress.read_text().replace(",40.5,", ",40.25,"))  # made again since, by other code
+    assert bench(seeds="1-3") == 0
+    assert bench.meta()["agent_seed"] is None and not (bench.results / "agent.pt").exists()
+
+
+def test_a_cores_next_run_starts_before_anything_else_is_done(tmp_path, monkeypatch):
+    """Else it would wait for results to be written and for the next look at the processes."""
+    happened = []
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, job):
+            self.looks = job.seed  # at which it has ended: the first at its first, and so on
+
+        def poll(self):
+            self.looks -= 1
+            return None if self.looks > 0 else 0
+
+    def start(job):
+        happened.append(f"start {job.seed}")
+        return Process(job)
+
+    def record(job, side_by_side):
+        happened.append(f"record {job.seed}")
+        return dict(mean=1.0, std=1.0, episodes=1, steps=1, sps=1.0)
+
+    monkeypatch.setattr(benchmark, "start", start)
+    monkeypatch.setattr(benchmark, "record", record)
+    monkeypatch.setattr(benchmark.time, "sleep", lambda seconds: happened.append("wait"))
+    made_of = ("stub", "CartPole-v1"), (tmp_path, [], {"total_steps": 1}, {}, tmp_path / "run", tmp_path)
+    jobs = [benchmark.Job(*made_of[0], seed, *made_of[1]) for seed in (1, 3, 2, 4)]
+    assert benchmark.run_all(jobs, 2) == ([], 0)
+    first, second, third = happened[:3], happened[3:6], happened[6:9]
+    assert first == ["start 1", "start 3", "wait"]
+    assert second == ["start 2", "record 1", "wait"]
+    assert third == ["start 4", "record 3", "record 2"]
+
+
+def test_results_of_changed_code_or_of_no_commit_of_the_history_are_marked(bench, monkeypatch, capsys):
+    results, note = str(bench.results.parents[1]), "† by changed code, or a commit not in the history"
+    for seeds, commit, marked in (("1", "abc", "1"), ("2", "abc-dirty", "2*†"), ("3", "fed", "3*†")):
+        monkeypatch.setenv("STUB_COMMIT", commit)
+        assert bench(seeds=seeds) == 0
+        capsys.readouterr()
+        assert benchmark.main(["--report", "--results", results]) == 0
+        out = capsys.readouterr().out
+        assert out.splitlines()[1].split()[3] == marked and (note in out) == ("†" in marked)
+
+
+def test_what_is_in_the_history(tmp_path):
+    who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+
+    def git(*command):
+        whole = ["git", "-C", str(tmp_path), *who, *command]
+        return subprocess.run(whole, capture_output=True, text=True, check=True).stdout.strip()
+
+    def commit(message):
+        git("commit", "--allow-empty", "-m", message, "--no-gpg-sign")
+        return git("rev-parse", "HEAD")
+
+    assert is_in_history("0" * 40, tmp_path / "nowhere")  # nothing there to ask
+    git("init", "-q", "-b", "main")
+    first, second = commit("first"), commit("second")
+    git("checkout", "-q", "-b", "other", first)
+    aside = commit("aside")
+    git("checkout", "-q", "main")
+    found = {each: is_in_history(each, tmp_path) for each in (first, second, aside)}
+    assert found == {first: True, second: True, aside: False}
+    for bad in (first + "-dirty", "0" * 40, None, ""):
+        assert not is_in_history(bad, tmp_path)
+    assert not is_in_history(first + "-dirty", tmp_path / "nowhere")
 
 
 def test_report_prints_the_table_and_runs_nothing(bench, capsys):
@@ -338,9 +452,8 @@ def test_thinning_keeps_evaluations_the_first_and_the_last():
     evaluated = [{"step": str(i), "eval_return": "1"} for i in range(300)]
     assert benchmark.thin(evaluated) == evaluated
     assert benchmark.thin([*evaluated, rows[0]])[-1] == rows[0]
-    assert (benchmark.rounded("step", "12345678"), benchmark.rounded("loss", "12345678"), benchmark.rounded("loss", "")) == (
-        "12345678", "1.23457e+07", "",
-    )  # fmt: skip
+    assert benchmark.rounded("step", "12345678") == "12345678"
+    assert [benchmark.rounded("loss", cell) for cell in ("12345678", "")] == ["1.23457e+07", ""]
 
 
 @pytest.mark.parametrize(
@@ -372,11 +485,11 @@ def test_suites_are_accepted_by_their_agents(suite):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """The folder of a tiny PPO run."""
-    folder = tmp_path_factory.mktemp("tiny") / "run"
+    folder = tmp_path_factory.mktemp("tiny") / "seed_3"
     ppo.train(
         ppo.Args(
-            env="CartPole-v1", seed=3, num_envs=4, num_steps=32, num_epochs=1, total_steps=256, compile=False, env_threads=1,
-            eval_episodes=4, progress=False, run_dir=str(folder),
+            env="CartPole-v1", seed=3, num_envs=4, num_steps=32, num_epochs=1, total_steps=256,
+            compile=False, env_threads=1, eval_episodes=4, progress=False, run_dir=str(folder),
         )
     )  # fmt: skip
     return folder
@@ -412,6 +525,33 @@ def test_evaluate_repeats_the_final_evaluation_of_the_run(tmp_path, monkeypatch,
     for path in (folder, folder / "agent.pt"):
         assert call(evaluate, monkeypatch, path, "--episodes", 4, "--seed", 3) == 0
         assert capsys.readouterr().out.startswith(expected + "min ")
+
+
+@pytest.fixture
+def kept(tiny, tmp_path):
+    """The results of the tiny run."""
+    args = json.loads((tiny / "args.json").read_text())["args"]
+    results = tmp_path / "results" / "ppo" / "CartPole-v1"
+    benchmark.record(
+        benchmark.Job("ppo", "CartPole-v1", 3, Path(ppo.__file__), [], args, {}, tiny, results), 1
+    )
+    return results
+
+
+def test_results_are_evaluated_and_watched_as_the_run_is(tiny, kept, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pygame")
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    said = []
+    for folder in (tiny, kept):
+        assert call(evaluate, monkeypatch, folder, "--episodes", 4, "--seed", 3) == 0
+        assert call(watch, monkeypatch, folder, "--video", tmp_path / "a.gif") == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and "evaluation: " in said[0] and "mean return" in said[0]
+    (kept / "agent.pt").unlink()
+    for script in (evaluate, watch):
+        assert call(script, monkeypatch, kept) == 2
+        error = capsys.readouterr().err
+        assert "these results hold no agent.pt" in error and error.count("\n") == 1
 
 
 def test_evaluate_on_another_task(tiny, monkeypatch, capsys):
@@ -460,6 +600,19 @@ def test_speed_steps_both_engines(env, monkeypatch, capsys):
     assert call(speed, monkeypatch, "--engine", "--pairs", 1, "--env", env) == 0
     out = capsys.readouterr().out
     assert "8 environments: " in out and "64 environments: " in out and "SyncVectorEnv" in out
+
+
+def test_speed_measures_whole_epochs_by_minibatch(monkeypatch, capsys):
+    made, update = [], ppo.update
+    monkeypatch.setattr(ppo, "update", lambda *args: (made.append(1), update(*args))[1])
+    monkeypatch.setattr(ppo, "Args", functools.partial(ppo.Args, num_envs=4, num_steps=32))
+    monkeypatch.setattr(zoo.common.device, "compile_function", lambda function, device: function)
+    assert call(speed, monkeypatch, "--update", "--pairs", 1, "--env", "CartPole-v1") == 0
+    line, ratio = capsys.readouterr().out.splitlines()
+    assert line.startswith("PPO, CartPole-v1, 1 thread, a minibatch of 64 in an epoch of 2: compiled ")
+    assert re.search(r": compiled \d+ us, eager \d+ us", line)
+    assert re.match(r"median ratio \d+\.\d\d \[.* of 5 pairs$", ratio)
+    assert len(made) == 2 * (1 + 5) * 6 * 2  # sides, a warm-up and five rounds, six epochs each of two
 
 
 def test_speed_names_what_to_install(monkeypatch, capsys):

@@ -11,16 +11,18 @@ trusts the critic more or less:
 s_{t+1} is the true successor: a time limit cuts the sums but bootstraps, a termination does not. V's target
 is A_t + V(s_t).
 
-    loss     = -E[ w_t A_t ] + c1 E[(V(s_t) - target)^2] - c2 E[H(pi(.|s_t))]   w_t = pi(a_t|s_t) / pi_old(a_t|s_t)
+    loss     = -E[ w_t A_t ] + c1 E[(V(s_t) - target)^2] - c2 E[H(pi(.|s_t))]
+    w_t      = pi(a_t|s_t) / pi_old(a_t|s_t)
 
 The gradient of w_t is w_t grad log pi(a_t|s_t): the policy gradient in the first epoch, where w = 1, and with
 --off-policy-epochs K > 1 its importance-weighted form for a batch of an older policy. Nothing but hope keeps
 w near 1: effective_sample_size, (sum w)^2 / (n sum w^2), says what share of the batch still counts. TRPO and
 PPO limit w. The weight corrects the action at s_t only, not how often pi would have come to s_t.
 
-    python zoo/actor_critic.py --env HalfCheetah-v4 python zoo/actor_critic.py --env CartPole-v1 --advantage
-    td python zoo/actor_critic.py --optimizer rmsprop --learning-rate 7e-4 --num-envs 16 --num-steps 5
-    --entropy-coef 0.01
+    python zoo/actor_critic.py --env HalfCheetah-v4
+    python zoo/actor_critic.py --env CartPole-v1 --advantage td
+    python zoo/actor_critic.py --optimizer rmsprop --learning-rate 7e-4 --num-envs 16 --num-steps 5
+        --entropy-coef 0.01
 """
 
 from collections.abc import Callable
@@ -59,9 +61,7 @@ class Args(RunArgs):
     num_steps: int = 8  # steps of each environment between updates, T; a batch is N x T transitions
     advantage: Literal["td", "n-step", "gae"] = "gae"  # how far rewards are trusted before the critic is
     off_policy_epochs: int = 1  # updates on each batch, weighted by the importance ratio
-    optimizer: Literal["adam", "rmsprop"] = (
-        "adam"  # RMSprop, A3C's, starts with leaps ten learning rates long
-    )
+    optimizer: Literal["adam", "rmsprop"] = "adam"  # RMSprop, A3C's, starts with ten-fold steps
     learning_rate: float = 2e-3  # the optimiser's
     anneal: bool = True  # let the learning rate fall linearly to 0 over the run
     gamma: float = 0.99  # discount
@@ -71,14 +71,10 @@ class Args(RunArgs):
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
     shared_network: bool = False  # one trunk for policy and value instead of two
-    log_std: float = (
-        -0.5
-    )  # initial log standard deviation of a Gaussian policy, in units of half the action range
+    log_std: float = -0.5  # a Gaussian policy's initial log standard deviation, in half action ranges
     normalize_obs: bool = True  # observations by their running mean and standard deviation
     scale_rewards: bool = True  # rewards by the running standard deviation of the discounted return
-    report_every: int = (
-        2048  # environment steps between reports (rounded to whole updates), which would outweigh an update
-    )
+    report_every: int = 2048  # environment steps between reports, which would outweigh an update
 
 
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
@@ -224,8 +220,13 @@ def gae(
 
 
 def effective_sample_size(weight: Tensor) -> Tensor:
-    """(sum w)^2 / (n sum w^2) of importance weights (n,): from 1 / n, where one outweighs all, to 1."""
-    return weight.sum() ** 2 / (len(weight) * (weight**2).sum())
+    """(sum w)^2 / (n sum w^2) of importance weights (n,): from 1 / n, where one outweighs all, to 1.
+
+    0 where all are 0.
+    """
+    tiny = torch.finfo(weight.dtype).tiny
+    weight = weight / weight.amax().clamp(min=tiny)  # squares of very small or large ones do not fit float32
+    return weight.sum() ** 2 / (len(weight) * (weight**2).sum()).clamp(min=tiny)
 
 
 # --- losses -------------------------------------------------------------------------------------------------

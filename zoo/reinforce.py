@@ -2,8 +2,10 @@
 
 Play N episodes with the policy, and make every action likelier in proportion to the return that came with it:
 
-    total    g = 1/N sum_episodes sum_t  grad log pi(a_t|s_t)         (R(tau) - b)   R(tau) = sum_t gamma^t r_t
-    to-go    g = 1/N sum_episodes sum_t  grad log pi(a_t|s_t) [gamma^t] (R_t  - b)   R_t = r_t + gamma R_{t+1}
+    total    g = 1/N sum_episodes sum_t  grad log pi(a_t|s_t)          (R(tau) - b)
+    to-go    g = 1/N sum_episodes sum_t  grad log pi(a_t|s_t) [gamma^t] (R_t   - b)
+
+    R(tau) = sum_t gamma^t r_t          R_t = r_t + gamma R_{t+1}
 
 An action cannot change the rewards before it, so to-go drops noise only. The factor gamma^t belongs to the
 gradient of the discounted objective; practice leaves it out, which is no function's gradient (Nota & Thomas
@@ -14,8 +16,8 @@ A baseline b that does not know a_t leaves the expectation as it is and lowers t
     none     b = 0
     mean     the mean return of the other episodes of the batch
     optimal  the constant of least variance. An episode's estimate is X - b Y with Y = sum_t grad log pi
-             (its score) and X = sum_t grad log pi R_t, so b* = E[X.Y] / E[|Y|^2]; for total, X = Y R(tau): b* = E[|Y|^2 R] /
-             E[|Y|^2]
+             (its score) and X = sum_t grad log pi R_t, so b* = E[X.Y] / E[|Y|^2]; for total, X = Y R(tau)
+             and b* = E[|Y|^2 R(tau)] / E[|Y|^2]
     value    V(s_t), fitted to the returns of earlier batches (for total: V(s_0))
 
 mean and optimal leave out the episode they are used on: with its own return inside, the estimate would be
@@ -57,9 +59,7 @@ class Args(RunArgs):
     kept: ClassVar = (*RunArgs.kept, "hidden", "shared_network", "log_std")
 
     num_envs: int = 4  # environments, and episodes in a batch: each plays one
-    returns: Literal["total", "to-go"] = (
-        "to-go"  # what an action is credited with: the whole return, or what followed it
-    )
+    returns: Literal["total", "to-go"] = "to-go"  # an action's credit: the whole return, or what followed
     baseline: Literal["none", "mean", "optimal", "value"] = "value"  # what is subtracted from it
     discount_weight: bool = False  # weigh step t by gamma^t, as the exact gradient does
     learning_rate: float = 3e-3  # Adam's, for the policy's one step a batch
@@ -67,14 +67,10 @@ class Args(RunArgs):
     gamma: float = 0.99  # discount
     value_learning_rate: float = 1e-3  # Adam's, for V
     value_epochs: int = 10  # passes over a batch to fit V
-    minibatch_size: int = (
-        512  # rows of a step of V's; the policy's gradient, too, is summed from pieces of this size
-    )
+    minibatch_size: int = 512  # rows of a step of V's, and of the pieces of the policy's gradient
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
     shared_network: bool = False  # one trunk for policy and value instead of two
-    log_std: float = (
-        -0.5
-    )  # initial log standard deviation of a Gaussian policy, in units of half the action range
+    log_std: float = -0.5  # a Gaussian policy's initial log standard deviation, in half action ranges
     normalize_obs: bool = True  # observations by their running mean and standard deviation
     scale_returns: bool = True  # returns by their running standard deviation
     report_every: int = 2048  # environment steps between reports (rounded up to whole batches)
@@ -225,9 +221,8 @@ def policy_gradient(
     alive = episodes.alive
     steps = torch.arange(len(alive), device=alive.device, dtype=return_.dtype)[:, None]
     discount = (args.gamma if args.discount_weight else 1.0) ** steps
-    shared = (
-        slice(0, 1) if args.returns == "total" else slice(None)
-    )  # total: all rows share the first one's return
+    # total: all rows share the first one's return
+    shared = slice(0, 1) if args.returns == "total" else slice(None)
     return_, value, counted = return_[shared], value[shared], alive[shared]
     if args.baseline == "none":
         baseline = torch.zeros_like(value)
@@ -268,6 +263,35 @@ def fit_value(
     gradient, loss = grad_and_value(fit_loss)(params, obs, return_, real, forward)
     params, opt = adam(params, gradient, opt, learning_rate)
     return params, opt, loss
+
+
+def pieces(columns: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...]]:
+    """Rows in pieces of `size`, the last one filled up with zeros: compiled code sees one shape."""
+    missing = -len(columns[0]) % size
+    padded = [torch.cat((column, column.new_zeros(missing, *column.shape[1:]))) for column in columns]
+    return zip(*(column.split(size) for column in padded), strict=True)
+
+
+def improve_value(
+    fit: Callable, params: Tensor, opt: Moments, seen: "Episodes", return_: Tensor, value: Tensor, args: Args,
+    generator: torch.Generator,
+) -> tuple[Tensor, Moments, dict[str, Tensor]]:  # fmt: skip
+    """Fit V to a batch's returns (T, N): the new parameters and optimiser, and metrics.
+
+    value (T, N) is V before, whose errors say how much it foresaw; fit(params, opt, obs, return_, real,
+    learning_rate) is one step, as `fit_value` takes it.
+    """
+    obs, return_, value = seen.obs[seen.alive], return_[seen.alive], value[seen.alive]
+    unexplained = (return_ - value).var(correction=0) / (return_.var(correction=0) + 1e-8)
+    learning_rate, losses = torch.tensor(args.value_learning_rate, device=obs.device), []
+    for _ in range(args.value_epochs):
+        order = torch.randperm(len(obs), generator=generator, device=obs.device)
+        rows = obs[order], return_[order], torch.ones_like(return_)
+        for piece in pieces(rows, args.minibatch_size):
+            params, opt, loss = fit(params, opt, *piece, learning_rate)
+            losses.append(loss)
+    metrics = {"value_loss": torch.stack(losses).mean(), "explained_variance": 1 - unexplained}
+    return params, opt, metrics
 
 
 # --- the run ------------------------------------------------------------------------------------------------
@@ -334,11 +358,25 @@ def policy_at(net: ActorCritic, obs_stats: Stats) -> Callable[[np.ndarray], Gaus
     return policy
 
 
-def pieces(columns: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...]]:
-    """Rows in pieces of `size`, the last one filled up with zeros: compiled code sees one shape."""
-    missing = -len(columns[0]) % size
-    padded = [torch.cat((column, column.new_zeros(missing, *column.shape[1:]))) for column in columns]
-    return zip(*(column.split(size) for column in padded), strict=True)
+def credit(
+    net: ActorCritic, episodes: Episodes, obs_stats: Stats, return_stats: Stats, args: Args
+) -> tuple[Episodes, Tensor, Tensor, Tensor, Stats]:
+    """Episodes as the networks see them, returns and V (T, N), their unit (), and the statistics with them.
+
+    The unit is the standard deviation of the returns of earlier batches, which V is fitted in: with an
+    episode's own return in it, a large one would count for less. The first batch has only its own.
+    """
+    unit, tail = return_scale(return_stats), torch.zeros_like(episodes.reward[0])
+    seen = episodes._replace(obs=normalize(episodes.obs, obs_stats))
+    value = unit * net.value(seen.obs)
+    if args.baseline == "value":
+        tail = unit * net.value(normalize(episodes.last_obs, obs_stats)) * episodes.truncated
+    return_ = returns_to_go(episodes.reward, episodes.alive, tail, args.gamma)
+    if args.scale_returns:
+        first = return_stats["count"] == 0
+        return_stats = update_stats(return_stats, return_[episodes.alive])
+        unit = torch.where(first, return_scale(return_stats), unit)
+    return seen, return_, value, unit, return_stats
 
 
 def acting(state: State) -> dict:
@@ -365,7 +403,8 @@ def check(args: Args) -> None:
     )
     require(
         args.baseline not in ("mean", "optimal") or args.num_envs > 1,
-        f"--baseline {args.baseline} is taken from a batch's other episodes: --num-envs must be at least 2",
+        f"--num-envs must be at least 2, not {args.num_envs}: "
+        f"--baseline {args.baseline} is taken from a batch's other episodes",
     )
     require(
         args.returns == "to-go" or not args.discount_weight,
@@ -389,9 +428,7 @@ def train(args: Args) -> float:
     (piece_scores, fit), load = compiled, loader(net)
 
     def score_sum(params, *rows):
-        return torch.stack([piece_scores(params, *piece) for piece in pieces(rows, args.minibatch_size)]).sum(
-            0
-        )
+        return sum(piece_scores(params, *piece) for piece in pieces(rows, args.minibatch_size))
 
     run = Run(args, "reinforce", Evaluation(args, make_policy), engine=envs.engine)
     generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "noise"))
@@ -399,58 +436,33 @@ def train(args: Args) -> float:
     state = run.restore(State(params, new_adam(params), new_adam(params), obs_stats, return_stats, generator))
     params, opt, value_opt, obs_stats, return_stats, generator = state
     load(params)
-    value_learning_rate = torch.tensor(args.value_learning_rate, device=device)
 
     while run.step < args.total_steps:
         step, ended, batches = run.step, [], []
         while step < min(run.step + args.report_every, args.total_steps):
             remaining = 1 - step / args.total_steps if args.anneal else 1.0
             learning_rate = torch.tensor(args.learning_rate * remaining, device=device)
-            seeds = env_seeds(
-                args.seed, "environments", args.num_envs, step
-            )  # every batch begins new episodes
+            seeds = env_seeds(args.seed, "environments", args.num_envs, step)  # new episodes for every batch
             episodes, returns = collect_episodes(envs, seeds, policy_at(net, obs_stats), generator)
-            alive, old_scale = episodes.alive, return_scale(return_stats)
-            seen = episodes._replace(obs=normalize(episodes.obs, obs_stats))
-
-            # V is in units of the returns' standard deviation, that of the time when it was fitted
-            dist, value = net(seen.obs.flatten(0, 1))
-            value, entropy = (
-                old_scale * value.view(alive.shape),
-                dist.entropy().view(alive.shape)[alive].mean(),
-            )
-            tail = torch.zeros_like(value[0])
-            if args.baseline == "value":
-                last_value = old_scale * net.value(normalize(episodes.last_obs, obs_stats))
-                tail = last_value * episodes.truncated
-            return_ = returns_to_go(episodes.reward, alive, tail, args.gamma)
-            if args.scale_returns:
-                return_stats = update_stats(return_stats, return_[alive])
-            scale = return_scale(return_stats)
-
+            seen, return_, value, unit, return_stats = credit(net, episodes, obs_stats, return_stats, args)
             gradient, advantage = policy_gradient(
-                partial(score_sum, params), seen, return_ / scale, value / scale, args
+                partial(score_sum, params), seen, return_ / unit, value / unit, args
             )
             params, opt = adam(params, -gradient, opt, learning_rate)
-            log = {"entropy": entropy, "grad_norm": gradient.norm()}
-            log |= {"advantage_std": advantage[alive].std(correction=0)}
+            log = {"entropy": net.policy(seen.obs[seen.alive]).entropy().mean()}
+            log |= {"grad_norm": gradient.norm(), "advantage_std": advantage[seen.alive].std(correction=0)}
             if args.baseline == "value":
-                losses, rows = [], (seen.obs[alive], return_[alive] / scale, torch.ones_like(return_[alive]))
-                for _ in range(args.value_epochs):
-                    order = torch.randperm(len(rows[0]), generator=generator, device=device)
-                    for piece in pieces(tuple(column[order] for column in rows), args.minibatch_size):
-                        params, value_opt, loss = fit(params, value_opt, *piece, value_learning_rate)
-                        losses.append(loss)
-                unexplained = (return_ - value)[alive].var(correction=0) / (
-                    return_[alive].var(correction=0) + 1e-8
+                unit = return_scale(return_stats)  # the next batch's
+                params, value_opt, metrics = improve_value(
+                    fit, params, value_opt, seen, return_ / unit, value / unit, args, generator
                 )
-                log |= {"value_loss": torch.stack(losses).mean(), "explained_variance": 1 - unexplained}
+                log |= metrics
             if args.normalize_obs:
-                obs_stats = update_stats(obs_stats, episodes.obs[alive])
+                obs_stats = update_stats(obs_stats, episodes.obs[seen.alive])
             load(params)
             batches.append(log)
             ended += returns
-            step += int(alive.sum())
+            step += int(seen.alive.sum())
 
         means = {name: torch.stack([log[name] for log in batches]).mean() for name in log}
         state = State(params, opt, value_opt, obs_stats, return_stats, generator)

@@ -3,7 +3,8 @@
 Collect T steps of N environments with the current policy pi_old, then take the one step that improves the
 surrogate most within a trust region, measured in the space of policies and not of parameters:
 
-    maximise  L(theta) = E[ pi(a_t|s_t) / pi_old(a_t|s_t) A_t ]   where   E[ KL(pi_old(.|s_t) || pi(.|s_t)) ] <= delta
+    maximise     L(theta) = E[ pi(a_t|s_t) / pi_old(a_t|s_t) A_t ]
+    subject to   E[ KL(pi_old(.|s_t) || pi(.|s_t)) ] <= delta
 
 To first order L is g^T s and to second order the KL is s^T F s / 2, s = theta - theta_old, F the Fisher
 matrix. Hence
@@ -11,7 +12,7 @@ matrix. Hence
     x = F^-1 g                        the natural gradient, by conjugate gradient: F is never formed, because
     F v = J^T M J v                   its product with a vector costs little more than a gradient
     s = sqrt(2 delta / (x^T F x)) x   the longest step that the quadratic model allows
-    s, 0.8 s, 0.64 s, ...             the first whose true KL is at most delta and whose L is better; else none
+    s, 0.8 s, 0.64 s, ...             the first whose true KL is at most delta and whose L is better, or none
 
 Advantages are GAE's, as in ppo.py; V is fitted by itself, by Adam on E[(V(s_t) - R_t)^2] with R_t = A_t +
 V(s_t). Policy and critic share no parameter but one flat vector: the KL and L do not depend on the critic's
@@ -262,7 +263,7 @@ def surrogate_gradient(
     return grad_and_value(partial(surrogate, forward), has_aux=True)(params, batch)
 
 
-def value_fit_loss(params: Tensor, obs: Tensor, return_: Tensor, forward: Callable) -> Tensor:
+def value_fit_loss(forward: Callable, params: Tensor, obs: Tensor, return_: Tensor) -> Tensor:
     """Mean squared error of V to its target."""
     return ((forward(params, obs)[1] - return_) ** 2).mean()
 
@@ -275,7 +276,7 @@ def fit_critic(
 
     def step(carry, minibatch):
         params, opt = carry
-        critic_grad, loss = grad_and_value(value_fit_loss)(params, *minibatch, forward)
+        critic_grad, loss = grad_and_value(partial(value_fit_loss, forward))(params, *minibatch)
         return adam(params, critic_grad, opt, learning_rate), loss
 
     minibatches = tuple(column[order].unflatten(0, (-1, args.minibatch_size)) for column in (obs, return_))
@@ -308,10 +309,11 @@ def fisher_product(forward: Callable, params: Tensor, obs: Tensor, vector: Tenso
 def conjugate_gradient(
     product: Callable, b: Tensor, iterations: int, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """x with product(x) = b for a positive definite product (Hestenes & Stiefel 1952), and its residual |b -
-    product(x)| / |b|.
+    """x with product(x) = b for a positive definite product (Hestenes & Stiefel 1952), and its residual,
+    |b - product(x)| / |b|.
 
-    Stops after `iterations`, or when the residual is at most `tolerance`.
+    Stops after `iterations`, when the residual is at most `tolerance`, or at a direction that the product
+    maps to 0 but for rounding, along which no length is best. b should be near unit size: it is squared.
     """
     x, residual, direction = torch.zeros_like(b), b, b
     square = start = b @ b
@@ -319,7 +321,10 @@ def conjugate_gradient(
         if square <= tolerance**2 * start:
             break
         image = product(direction)
-        step = square / (direction @ image)
+        curvature = direction @ image
+        if curvature <= torch.finfo(b.dtype).eps ** 2 * square:
+            break
+        step = square / curvature
         x, residual = x + step * direction, residual - step * image
         previous, square = square, residual @ residual
         direction = residual + square / previous * direction
@@ -456,6 +461,18 @@ def values(net: ActorCritic, rollout: Rollout) -> tuple[Tensor, Tensor]:
     return value[:-1], next_value
 
 
+def judge(net: ActorCritic, rollout: Rollout, args: Args) -> tuple[Tensor, Tensor, Tensor]:
+    """Advantages and the critic's targets, (T N,) each, and how much of the targets' variance V explains."""
+    value, next_value = values(net, rollout)
+    ended = (rollout.terminated, rollout.truncated)
+    advantage = gae(rollout.reward, value, next_value, *ended, args.gamma, args.gae_lambda).flatten()
+    return_ = advantage + value.flatten()
+    explained_variance = 1 - advantage.var() / (return_.var() + 1e-8)
+    if args.normalize_advantages:
+        advantage = (advantage - advantage.mean()) / (advantage.std(unbiased=False) + 1e-8)
+    return advantage, return_, explained_variance
+
+
 def acting(state: State) -> dict:
     """What acting needs, and nothing else: an agent.pt."""
     return {"params": state.params, "obs_stats": state.obs_stats}
@@ -528,34 +545,24 @@ def train(args: Args) -> float:
 
     while run.step < args.total_steps:
         remaining = 1 - run.step / args.total_steps if args.anneal else 1.0
+        delta = args.delta * remaining
         learning_rate = torch.tensor(args.learning_rate * remaining, device=device)
         noise = draw_noise(envs, args.num_steps, args.num_envs, generator=generator)
         rollout, obs, episodes = collect(envs, obs, policy_at(net, obs_stats), noise)
         seen, obs_stats, return_stats, sums = as_seen(rollout, obs_stats, return_stats, sums, args)
         rows, action = seen.obs.flatten(0, 1), seen.action.flatten(0, 1)
 
-        value, next_value = values(net, seen)
-        advantage = gae(
-            seen.reward, value, next_value, seen.terminated, seen.truncated, args.gamma, args.gae_lambda
-        )
-        return_ = (advantage + value).flatten()
-        explained_variance = 1 - advantage.var() / (return_.var() + 1e-8)
-        advantage = advantage.flatten()
-        if args.normalize_advantages:
-            advantage = (advantage - advantage.mean()) / (advantage.std(unbiased=False) + 1e-8)
+        advantage, return_, explained_variance = judge(net, seen, args)
 
         batch = PolicyBatch(rows, action, net.policy(rows), advantage)
-        params, log = trust_region_step(
-            params, batch, gradient, product, evaluate, args, args.delta * remaining
-        )
-        orders = [
-            torch.randperm(len(rows), generator=generator, device=device) for _ in range(args.critic_epochs)
-        ]
+        params, log = trust_region_step(params, batch, gradient, product, evaluate, args, delta)
+        orders = [torch.randperm(len(rows), generator=generator, device=device)
+                  for _ in range(args.critic_epochs)]  # fmt: skip
         params, opt, loss = fit(params, opt, rows, return_, torch.cat(orders), learning_rate)
         load(params)
 
         log |= {"value_loss": loss, "explained_variance": explained_variance}
-        log |= {"learning_rate": learning_rate, "delta": args.delta * remaining}
+        log |= {"learning_rate": learning_rate, "delta": delta}
         state = State(params, opt, obs_stats, return_stats, generator)
         run.report(run.step + len(rows), state, acting(state), log, episodes)
     envs.close()

@@ -73,8 +73,7 @@ def test_19_forms_a_b_c_agree(module, lam):
 
 def test_19_the_infinite_sum_cut_off_is_not_form_b():
     """S3 Definition 6.4 sums to infinity: cut where the data end, (1 - lambda) sum lambda^(n-1) R^(n) loses
-    the rest of its
-    weight; the last return has to take it.
+    the rest of its weight; the last return has to take it.
     """
     batch = rollout()
     found = gae(*batch, GAMMA, LAM)

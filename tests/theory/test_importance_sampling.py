@@ -56,8 +56,7 @@ def test_21_support_is_needed():
 
 def test_21_weights_of_long_trajectories():
     """S3 Example 7.9: ratios in [.9, 1.1] multiply to [2.7e-5, 1.4e4] over 100 steps; E[w] stays 1 while
-    E[w^2] grows
-    exponentially, which is the share of samples that counts, by the zoo's effective sample size.
+    E[w^2] grows exponentially, which is the share of samples that counts, by the zoo's effective sample size.
     """
     assert 2.6e-5 < 0.9**100 < 2.7e-5 and 1.37e4 < 1.1**100 < 1.38e4
     assert 1e8 < (1.1 / 0.9) ** 100 < 1e9
@@ -172,8 +171,8 @@ def visited_loss(theta, advantage):
 
 def test_22_the_old_policys_states_and_advantages_bias():
     """S3 Theorem 7.3 and (16), S0 (74)(75), called unbiased there: the zoo's loss with w_t alone, exact at
-    the old policy,
-    is biased away from it, even with the exact advantage of either policy; the error falls with the distance.
+    the old policy, is biased away from it, even with the exact advantage of either policy; the error falls
+    with the distance.
     """
     for advantage_of in (OLD, "new"):
         errors = []

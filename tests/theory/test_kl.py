@@ -2,6 +2,7 @@
 items 27 to 31."""
 
 import itertools
+from types import SimpleNamespace
 
 import exact
 import pytest
@@ -84,8 +85,7 @@ def test_27_the_other_direction():
 )
 def test_27_schulmans_experiment(shift, ratios, k2_bias):
     """S4 2.1.3, Figure 2.1 (Schulman: q = N(0, 1), p = N(0.1, 1) and N(1, 1), where the notes show one case,
-    the wrong way
-    round): std / KL of k1, k2, k3, and the bias of k2, by quadrature.
+    the wrong way round): std / KL of k1, k2, k3, and the bias of k2, by quadrature.
     """
     x, w = exact.normal_nodes(1, 100)
     one = torch.zeros(1, dtype=F64)
@@ -110,20 +110,8 @@ def test_27_the_agents_own_k3():
     for kind in ("kl", "adaptive-kl"):
         close(ppo.policy_loss(log_ratio.exp(), log_ratio, zeros, one, kind, 0.2), k3(log_ratio).mean())
     old = ppo.Categorical(OLD.expand(4, -1))
-
-    class Args:
-        normalize_advantages, surrogate, clip, value_clip, value_coef, entropy_coef = (
-            False,
-            "clip",
-            0.2,
-            None,
-            0.0,
-            0.0,
-        )
-
-    batch = ppo.Batch(None, EVERY, old.log_prob(EVERY), *torch.zeros(3, 4, dtype=F64))
-    forward = lambda x, _: (ppo.Categorical(x.expand(4, -1)), torch.zeros(4, dtype=F64))
-    found = ppo.ppo_loss(PI, batch, one, forward, Args)[1]["approx_kl"]
+    batch = ppo.Batch(EVERY, EVERY, old.log_prob(EVERY), *torch.zeros(3, 4, dtype=F64))
+    found = ppo.approx_kl(SimpleNamespace(policy=lambda _: ppo.Categorical(PI.expand(4, -1))), batch)
     close(found, k3(log_prob(PI) - log_prob(OLD)).mean())
     close(log_prob(OLD).exp() @ k3(log_prob(PI) - log_prob(OLD)), categorical_kl(OLD, PI))
 
@@ -207,8 +195,7 @@ def test_28_k2_and_k3_as_losses_of_a_gaussian():
 
 def test_28_the_equality_of_losses_is_one_of_gradients():
     """S0 (48) writes E[log pi SG(log pi / ref)] = E[(log pi / ref)^2 / 2]: the values differ; the gradients
-    agree while the
-    sampling distribution is held fixed, and not when it moves along.
+    agree while the sampling distribution is held fixed, and not when it moves along.
     """
     chance, log_ratio = log_prob(PI).exp(), log_prob(REF) - log_prob(PI)
     left = chance @ in_reward(k1(log_ratio), log_prob(PI))
@@ -221,8 +208,8 @@ def test_28_the_equality_of_losses_is_one_of_gradients():
 @pytest.mark.parametrize("detach", [True, False], ids=["detached", "attached"])
 def test_28_off_policy_with_a_weight(detach):
     """arXiv:2510.01555 on samples of an old policy, w = pi / old. w differentiated: k1 and k3 have the
-    gradient of
-    KL(pi || ref), k2 that of its own mean. w detached: k2 has it, k1 has 0, k3 the forward KL's, far off.
+    gradient of KL(pi || ref), k2 that of its own mean. w detached: k2 has it, k1 has 0, k3 the forward KL's,
+    far off.
     """
 
     def gradient(k):
@@ -245,8 +232,7 @@ def test_28_off_policy_with_a_weight(detach):
 
 def test_28_off_policy_without_a_weight():
     """S4 A.3.2 takes the mean of k3 over samples of the old policy for KL(pi || ref): biased, in value and in
-    gradient; and k1
-    there is pushed away from the old policy, whatever the reference is.
+    gradient; and k1 there is pushed away from the old policy, whatever the reference is.
     """
     old = log_prob(OLD).exp()
     assert abs(old @ k3(log_prob(REF) - log_prob(PI)) / categorical_kl(PI, REF) - 1) > 0.1
@@ -275,8 +261,7 @@ def test_29_k1_in_the_reward():
 
 def test_29_k2_and_k3_in_the_reward():
     """S0 (9) says positive penalties lower every action's probability: a constant in the reward has no
-    gradient, and some
-    probabilities rise. k3 gives grad KL(pi || ref) - grad KL(ref || pi).
+    gradient, and some probabilities rise. k3 gives grad KL(pi || ref) - grad KL(ref || pi).
     """
     close(penalty(lambda log_ratio: torch.ones_like(log_ratio)), torch.zeros(4, dtype=F64))
     close(penalty(k3), REVERSE - FORWARD)
@@ -290,8 +275,7 @@ def test_29_k2_and_k3_in_the_reward():
 
 def test_29_k2_and_k3_in_the_reward_vanish_near_the_reference():
     """S0 2.5, 3.1, rightly told: k2 and k3 do not serve there because their gradient is of second order, and
-    so dies out
-    against the true one as the policy nears the reference.
+    so dies out against the true one as the policy nears the reference.
     """
     for k in (k2, k3):
         shares = []
@@ -320,8 +304,8 @@ def sequence_log_probs(theta):
 
 def test_29_over_a_sequence():
     """S0 3.2, (48) takes k2 as a loss for k1 in the reward, token by token: over a sequence both then miss
-    how a token changes
-    the KL of those after it. k1 with return-to-go, and k2 of the whole sequence's log-ratio, are exact.
+    how a token changes the KL of those after it. k1 with return-to-go, and k2 of the whole sequence's
+    log-ratio, are exact.
     """
     g = torch.Generator().manual_seed(4)
     theta, ref = torch.randn(2, 12, generator=g, dtype=F64)

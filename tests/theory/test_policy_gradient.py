@@ -124,8 +124,7 @@ def test_14_without_gamma_t_the_direction_changes():
 
 def test_14_without_gamma_t_it_is_no_gradient_at_all():
     """S3 (2), Nota & Thomas 2020: the field E[sum_t grad log pi R_t] has an asymmetric Jacobian, so no
-    function has it as
-    its gradient; with gamma^t the Jacobian is a Hessian.
+    function has it as its gradient; with gamma^t the Jacobian is a Hessian.
     """
 
     def field(theta, weight):
@@ -222,8 +221,7 @@ def one_step(b, theta):
 
 def test_15_the_optimal_baseline_of_a_state():
     """S3 Theorem 4.4, Remark 4.5: b*(s) = E[|score|^2 Q] / E[|score|^2] beats all other b; V(s), the notes'
-    practical choice,
-    is not it, and can be worse than no baseline at all.
+    practical choice, is not it, and can be worse than no baseline at all.
     """
     theta = torch.tensor([-0.7, 1.5, 0.1], dtype=F64)
     _, pi, norms, q = one_step(torch.tensor(0.0), theta)
@@ -399,8 +397,7 @@ def test_18_monte_carlo_is_unbiased_for_every_value():
 
 def test_20_gamma_just_estimators():
     """S4 2.3.1: returns, Q, A and the TD residual of V^(pi, gamma) all estimate g^gamma = E[sum_t A^(pi,
-    gamma) grad log pi],
-    which is a biased estimate of the undiscounted gradient.
+    gamma) grad log pi], which is a biased estimate of the undiscounted gradient.
     """
     gamma = 0.7
     v, q = values(gamma)

@@ -15,8 +15,7 @@ Z = torch.linspace(-8, 8, 401, dtype=F64)
 
 def test_33_facts_of_the_sigmoid():
     """S3 Proposition 10.5, (40): s in (0, 1), s(-z) = 1 - s(z), s' = s (1 - s), its inverse is the logit, and
-    a softmax of two
-    is the sigmoid of their difference.
+    a softmax of two is the sigmoid of their difference.
     """
     s = Z.sigmoid()
     assert (s > 0).all() and (s < 1).all()
@@ -31,8 +30,7 @@ def test_33_facts_of_the_sigmoid():
 @pytest.mark.parametrize("rewards", [(0.7, -0.4), (0.0, 0.0), (-2.0, 1.0)])
 def test_33_gumbel_noise_makes_bradley_terry(rewards):
     """S3 Theorem 10.6, (41)-(43): P(r1 + e1 > r2 + e2) = sigmoid(r1 - r2) for Gumbel e, by the zoo's
-    Gumbel-max sampling on
-    all pairs of 1,500 quantiles (an error below one quantile's width).
+    Gumbel-max sampling on all pairs of 1,500 quantiles (an error below one quantile's width).
     """
     n = 1500
     quantiles = -(-((torch.arange(n, dtype=F64) + 0.5) / n).log()).log()  # the inverse of exp(-exp(-x))
@@ -52,8 +50,7 @@ def test_33_gumbel_noise_makes_bradley_terry(rewards):
 
 def test_33_gumbel_noise_makes_the_softmax():
     """S3 Theorem 10.6 among three: argmax(r + e) is drawn by softmax(r), which is how the zoo acts; on all
-    triples of 120
-    quantiles. Noise of the other sign would make the same pairs, but not these.
+    triples of 120 quantiles. Noise of the other sign would make the same pairs, but not these.
     """
     n, logits = 120, torch.tensor([[1.0, 0.0, -1.0]], dtype=F64)
     quantiles = -(-((torch.arange(n, dtype=F64) + 0.5) / n).log()).log()
@@ -67,8 +64,7 @@ def test_33_gumbel_noise_makes_the_softmax():
 
 def test_33_the_zoos_noise_is_gumbel():
     """S3 Theorem 10.6: a million draws of the zoo's own noise against F(x) = exp(-exp(-x)) at nine points,
-    each within 4.5
-    standard errors (false alarms: 9 x 7e-6).
+    each within 4.5 standard errors (false alarms: 9 x 7e-6).
     """
     n, generator = 1_000_000, torch.Generator().manual_seed(0)
     drawn = ppo.draw_noise(SimpleNamespace(action_dim=1, discrete=True), n, generator=generator)

@@ -97,8 +97,7 @@ def test_12_soft_policy_improvement():
 
 def test_12_one_backup_is_not_the_new_q():
     """S4 A.2.2 ends its proof with r + gamma E[V] = Q_new for one backup of Q_old: false. Iterated it is
-    right, Q_old <=
-    T_new Q_old <= T_new^2 Q_old <= ... -> Q_new.
+    right, Q_old <= T_new Q_old <= T_new^2 Q_old <= ... -> Q_new.
     """
     mdp, logits, _ = problem()
     old = evaluate(mdp, logits)

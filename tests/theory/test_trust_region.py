@@ -41,7 +41,7 @@ def surrogates(mdp, logits_old, normalised=False):
 
     def trust_region(logits):
         batch = trpo.PolicyBatch(state, action, trpo.Categorical(old.logits), advantage * scale)
-        return trpo.surrogate(logits, batch, lambda x, s: (trpo.Categorical(x[0][s]), None))[0]
+        return trpo.surrogate(lambda x, s: (trpo.Categorical(x[0][s]), None), logits, batch)[0]
 
     return {"unclipped": clipped("unclipped"), "clip": clipped("clip"), "trpo": trust_region}
 
@@ -95,8 +95,8 @@ def test_23_beyond_the_first_order_they_part():
 
 def test_23_maximising_the_surrogate_alone_can_ruin_the_policy():
     """S3 8.4, Example 8.5: the surrogate's maximiser is greedy in the old advantages at the old policy's
-    states; where those
-    change, its L promises much and J falls, while the clipped surrogate sees no gain in going so far.
+    states; where those change, its L promises much and J falls, while the clipped surrogate sees no gain in
+    going so far.
     """
     left, right, trap = (
         0,
@@ -147,8 +147,7 @@ def bounds(count, size, seed=0):
 @pytest.mark.parametrize("size", [0.003, 0.03, 0.3, 3.0])
 def test_24_the_bound_holds(size):
     """S3 Theorem 8.11 as it must read, J(new) >= J(old) + sum_s d(s) sum_a pi_new A - 4 gamma max|A| max KL /
-    (1 - gamma)^2,
-    with d unnormalised: in every one of 4 x 2,500 random MDPs.
+    (1 - gamma)^2, with d unnormalised: in every one of 4 x 2,500 random MDPs.
     """
     new, right, _, _ = bounds(2500, size)
     assert (new >= right - 1e-10).all()
@@ -158,8 +157,7 @@ def test_24_the_bound_holds(size):
 
 def test_24_the_printed_bound_fails():
     """S3 (23) lacks J(old) and the scale 1 / (1 - gamma): violated in a quarter and more of 2,500 MDPs; with
-    J(old) but
-    without the scale still, for small steps that lose.
+    J(old) but without the scale still, for small steps that lose.
     """
     new, _, printed, half = bounds(2500, 0.003)
     assert (new < printed).double().mean() > 0.25
@@ -176,7 +174,7 @@ def test_24_the_constraint_is_a_quadratic_near_the_old_policy():
         return trpo.Categorical(x.view(4, 3)[state]), None
 
     state = torch.arange(4)
-    quadratic = step @ trpo.fisher_product(theta, state, step, forward) / 2
+    quadratic = step @ trpo.fisher_product(forward, theta, state, step) / 2
     for size in (1e-2, 1e-3):
         true = trpo.kl(forward(theta, state)[0], forward(theta + size * step, state)[0]).mean() / size**2
         assert true.item() == pytest.approx(quadratic.item(), rel=3 * size)
@@ -201,8 +199,7 @@ def objective(ratio, advantage, kind="clip"):
 @pytest.mark.parametrize("advantage", [1.7, -0.6])
 def test_25_the_clip_piece_by_piece(advantage):
     """S3 Theorem 9.3: min(r, 1 + eps) A for A > 0, max(r, 1 - eps) A for A < 0; beyond the bound no slope,
-    elsewhere A; and
-    never above r A.
+    elsewhere A; and never above r A.
     """
     found, slope = objective(RATIOS, advantage)
     bounded = RATIOS.clamp(max=1.2) if advantage > 0 else RATIOS.clamp(min=0.8)
@@ -214,8 +211,7 @@ def test_25_the_clip_piece_by_piece(advantage):
 
 def test_25_the_proofs_inequalities_are_reversed():
     """S3 Theorem 9.3's proof, case 2 (A < 0): below 1 - eps it has min = r A, above 1 + eps min = (1 + eps)
-    A. The other way
-    round: (1 - eps) A and r A; its conclusion is right.
+    A. The other way round: (1 - eps) A and r A; its conclusion is right.
     """
     (low, high), _ = objective(torch.tensor([0.5, 1.5], dtype=F64), -1.0)
     assert low == pytest.approx(-0.8) and high == pytest.approx(-1.5)

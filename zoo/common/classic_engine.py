@@ -24,7 +24,8 @@ What is not served (subclasses, users' wrappers, rendering, changed physics) goe
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -193,7 +194,7 @@ class Task(NamedTuple):
     step: Callable  # (env, state, action, first step of an episode?) -> reward (N,), terminated (N,)
     observe: Callable  # state -> (N, D) float32
     size: int  # S
-    as_it_is: dict[str, Any] = {}
+    as_it_is: Mapping[str, Any] = MappingProxyType({})  # values of parameters that it takes for granted
     start_dtype: type = np.float64  # of the state that a reset's observation is computed from
 
 

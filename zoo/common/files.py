@@ -119,7 +119,7 @@ def lock_folder(folder: Path, flag: str) -> IO[str]:
     Raises UsageError when another run holds it or it cannot be written.
     """
     try:
-        file = open(folder / ".lock", "a+")
+        file = open(folder / ".lock", "a+")  # noqa: SIM115  kept open: it is the lock
     except OSError as error:
         raise UsageError(f"{flag} {folder}: cannot be written: {error.strerror}") from error
     try:
@@ -188,12 +188,11 @@ class Table:
         """Close the file."""
         if self._file is not None:
             self._file.close()
-
         self._file = None
 
     def _open(self):
         if self._file is None:
-            self._file = open(self.path, "ab", buffering=0)
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  until `close`
         return self._file
 
     def _cells(self, row):

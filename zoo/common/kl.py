@@ -4,7 +4,9 @@ estimate of.
 Samples x come from q (the policy that acted), p is the other policy, and log_ratio = log p(x) - log q(x), so
 r = p(x) / q(x):
 
-    k1 = -log r        k2 = (log r)^2 / 2        k3 = (r - 1) - log r        (Schulman 2020, joschu.net/blog/kl-approx.html)
+    k1 = -log r        k2 = (log r)^2 / 2        k3 = (r - 1) - log r
+
+(Schulman 2020, joschu.net/blog/kl-approx.html).
 
 As a **value**, x ~ q:
 
@@ -16,14 +18,16 @@ As a **gradient** it matters where the estimate is put. Let pi = q be the policy
 fixed one, and let the samples be held fixed, as automatic differentiation does (arXiv:2506.09477,
 arXiv:2510.01555):
 
-    where                               k1                      k2                      k3
-    loss, x ~ pi                        0: noise alone          grad KL(pi || ref)      grad KL(ref || pi)
-    reward, x ~ pi  (`in_reward`)       grad KL(pi || ref)      neither, O(KL)          grad KL(pi || ref) - grad KL(ref || pi)
-    loss, x ~ old, unweighted           -grad KL(old || pi)     neither                 neither
-    loss, x ~ old, w differentiated     grad KL(pi || ref)      grad E_pi[k2]           grad KL(pi || ref)
-    loss, x ~ old, w detached           0                       grad KL(pi || ref)      grad KL(ref || pi)
+    where                              k1                   k2                   k3
+    loss, x ~ pi                       0: noise alone       grad KL(pi || ref)   grad KL(ref || pi)
+    reward, x ~ pi  (`in_reward`)      grad KL(pi || ref)   neither, O(KL)       the first less the second *
+    loss, x ~ old, unweighted          -grad KL(old || pi)  neither              neither
+    loss, x ~ old, w differentiated    grad KL(pi || ref)   grad E_pi[k2]        grad KL(pi || ref)
+    loss, x ~ old, w detached          0                    grad KL(pi || ref)   grad KL(ref || pi)
 
-with w = pi(x) / old(x) (`off_policy`). k2 as a loss and k1 in the reward agree for one decision. Over a
+* grad KL(pi || ref) - grad KL(ref || pi).
+
+Here w = pi(x) / old(x) (`off_policy`). k2 as a loss and k1 in the reward agree for one decision. Over a
 sequence, they are the gradient of the sequence's KL only if the log-ratio of k2 is summed over the sequence
 before it is squared, and if an action is charged with the k1 of all the decisions that follow it, as with any
 reward.

@@ -1,0 +1,184 @@
+"""Draw the pictures of results/diffusion/ from its curves and from the agents in RUNS; called by
+scripts/diffusion.py.
+"""
+
+import importlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoo.common import mixtures
+from zoo.common.device import flatten
+from zoo.common.diffusion import Schedule, cosine_schedule
+from zoo.common.files import load_checkpoint
+from zoo.common.targets import Exact, make_target
+
+LINE = {
+    "line_return": "DDPO, KL in the return",
+    "line_loss": "DDPO, KL as a loss a step, S0 (29)",
+    "dpo_trajectory": "DPO of whole chains",
+    "dpo_standard": "Diffusion-DPO, S0 (33)",
+}
+CURVES = LINE | {
+    "line_is_return": "DDPO importance sampled, KL in the return",
+    "line_none": "DDPO without a KL",
+    "dpo_notes35": "S0 (35)",
+}
+Curves = dict[str, list[list[dict[str, float]]]]
+
+
+class Agent(NamedTuple):
+    """A run's networks as they were at its end."""
+
+    module: Any
+    args: Any
+    target: Any
+    schedule: Schedule
+    mean: Any
+    acting: dict[str, Tensor]
+
+    def exact(self) -> Exact:
+        """The exact quantities of its task."""
+        return Exact(self.target, self.schedule, self.args.beta, self.mean)
+
+    def samples(self, which: str, count: int) -> Tensor:
+        """x_0 (count, d) of the chain of `params` or `reference`, always of the same noise."""
+        generator = torch.Generator().manual_seed(1)
+        noise = torch.randn(self.schedule.steps + 1, count, self.target.dim, generator=generator)
+        context = torch.zeros(count, dtype=torch.int64)
+        return self.module.sample_chain(self.mean, self.acting[which], noise, context, self.schedule.sigma)[
+            0
+        ][0]
+
+
+def load_agent(folder: Path) -> Agent:
+    """The agent of a finished run."""
+    saved = load_checkpoint(folder / "agent.pt", "--runs")
+    module = importlib.import_module(f"zoo.{saved['agent']}")
+    args = module.Args(**saved["args"])
+    target = make_target(args.env)
+    schedule = cosine_schedule(args.steps, args.eta, args.min_sigma)
+    net = module.Denoiser(target.dim, target.contexts, args.steps, tuple(args.hidden))
+    mean = module.make_mean(net, flatten(net)[1], schedule, args.predict)
+    return Agent(module, args, target, schedule, mean, saved["state"])
+
+
+def draw_density(runs: Path, names: dict[str, str], out: Path) -> None:
+    """x_0 of the line's two contexts: the reference, the tilt, and what each method ends at (seed 1)."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    first = True
+    for name, label in names.items():
+        agent = load_agent(runs / name / "seed_1")
+        exact = agent.exact()
+        exact(agent.acting)
+        assert exact.truth is not None
+        x, cell = exact.grid.points[:, 0], exact.grid.cell
+        found = mixtures.marginals(exact.grid, exact.means(agent.acting["params"]), exact.sigma)[0]
+        for context, panel in enumerate(axes):
+            if first:
+                panel.fill_between(x, exact.truth.reference[context] / cell, color="0.85", label="reference")
+                panel.plot(
+                    x, exact.truth.tilt[context] / cell, "k--", linewidth=2, label="the tilt, the optimum"
+                )
+            panel.plot(x, found[context] / cell, label=label, alpha=0.9)
+            panel.set(title=f"context {context}", xlabel="$x_0$ (the reward)", xlim=(-3, 3))
+        first = False
+    axes[0].set(ylabel="density")
+    axes[0].legend(fontsize=8)
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_ring(runs: Path, out: Path) -> None:
+    """x_0 on the ring: the reference, the tilt, with and without the KL (seed 1)."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 4, figsize=(12, 3.3), layout="constrained", sharey=True)
+    for i, (name, title) in enumerate((("ring_return", "KL in the return"), ("ring_none", "no KL"))):
+        agent = load_agent(runs / name / "seed_1")
+        exact = agent.exact()
+        exact(agent.acting)
+        assert exact.truth is not None
+        found = mixtures.marginals(exact.grid, exact.means(agent.acting["params"]), exact.sigma)[0, 0]
+        shown = [(axes[2 + i], found, title)]
+        if i == 0:
+            shown += [
+                (axes[0], exact.truth.reference[0], "reference"),
+                (axes[1], exact.truth.tilt[0], "tilt"),
+            ]
+        for panel, chance, text in shown:
+            size, edge = len(exact.grid.axis), agent.target.half_width
+            masses = agent.target.masses(exact.grid.points, chance)
+            panel.imshow(chance.view(size, size).T, origin="lower", extent=(-edge, edge, -edge, edge))
+            panel.set(title=f"{text}\nright mode {masses[0]:.2f}, left {masses[4]:.2f}")
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_digits(runs: Path, out: Path) -> None:
+    """Samples of the same noises: the reference, with and without the KL (seed 1)."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(3, 1, figsize=(9, 5), layout="constrained")
+    agents = {name: load_agent(runs / name / "seed_1") for name in ("digits_return", "digits_none")}
+    shown = (
+        ("reference", agents["digits_return"], "reference"),
+        ("rewarded for threes, with the KL", agents["digits_return"], "params"),
+        ("without", agents["digits_none"], "params"),
+    )
+    for panel, (title, agent, which) in zip(axes, shown, strict=True):
+        pictures = agent.samples(which, 32).view(2, 16, 8, 8).permute(0, 2, 1, 3).reshape(16, 128)
+        panel.imshow(-pictures, cmap="gray", vmin=-1, vmax=1)
+        panel.set(title=title, xticks=[], yticks=[])
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_curves(curves: Curves, out: Path) -> None:
+    """KL to the tilt and path KL over training on the line, means over seeds."""
+    import numpy as np
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name, label in CURVES.items():
+        if seeds := curves.get(name):
+            length = min(map(len, seeds))
+            share = np.linspace(1 / length, 1, length)
+            for panel, column in zip(axes, ("eval_kl_tilt", "eval_path_kl"), strict=True):
+                values = np.mean([[row[column] for row in seed[:length]] for seed in seeds], axis=0)
+                panel.plot(share, values, label=f"{label} ({len(seeds)} seed{'s' * (len(seeds) > 1)})")
+    for panel, title in zip(
+        axes, ("KL of $x_0$ to the tilt", "KL of the path to the reference"), strict=True
+    ):
+        panel.set(title=title, xlabel="share of the run", yscale="log")
+        panel.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
+
+
+def draw(curves: Curves, runs: Path, results: Path) -> list[str]:
+    """Every picture whose runs are there; what is missing for the others."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    there = {name for name in curves if (runs / name / "seed_1" / "agent.pt").exists()}
+    lines = {name: label for name, label in LINE.items() if name in there}
+    missing = []
+    if lines:
+        draw_density(runs, lines, results / "density.png")
+    for out, names, function in (
+        ("ring.png", {"ring_return", "ring_none"}, draw_ring),
+        ("digits.png", {"digits_return", "digits_none"}, draw_digits),
+    ):
+        if names <= there:
+            function(runs, results / out)
+        else:
+            missing.append(f"{out} needs {', '.join(sorted(names - there))}")
+    if curves.keys() & CURVES.keys():
+        draw_curves(curves, results / "line.png")
+    return missing
