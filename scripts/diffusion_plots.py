@@ -97,7 +97,7 @@ def draw_ring(runs: Path, out: Path) -> None:
     """x_0 on the ring: the reference, the tilt, with and without the KL (seed 1)."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 4, figsize=(12, 3.3), layout="constrained", sharey=True)
+    figure, axes = pyplot.subplots(1, 4, figsize=(12, 3.9), layout="constrained", sharey=True)
     for i, (name, title) in enumerate((("ring_return", "KL in the return"), ("ring_none", "no KL"))):
         agent = load_agent(runs / name / "seed_1")
         exact = agent.exact()

@@ -26,7 +26,7 @@ computed, not sampled.
 
     python zoo/ddpo.py                          two mixtures on a line: within 0.04 of the best J in 30 s
     python zoo/ddpo.py --kl loss                the same with (29): ends ten times as far from the tilt
-    python zoo/ddpo.py --env ring --kl none     all mass ends on one of two equal modes
+    python zoo/ddpo.py --env ring --kl none     most mass ends on one of two equal modes
     python zoo/ddpo.py --env digits             8 x 8 digits, wanted: threes (needs the extra `digits`)
 """
 
