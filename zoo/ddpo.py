@@ -84,7 +84,7 @@ class Args(RunArgs):
 SETTINGS: dict[str, dict] = {
     "ring": dict(beta=0.2, total_steps=307_200, eval_every=61_440, learning_rate=4e-3),
     "digits": dict(
-        beta=0.8, predict="v", steps=10, min_sigma=0.1, hidden=(256, 256), num_chains=1024,
+        beta=0.2, predict="v", steps=10, min_sigma=0.1, hidden=(256, 256), num_chains=1024,
         learning_rate=5e-4, pretrain_rate=2e-3, pretrain_steps=3000,
     ),
 }  # fmt: skip
