@@ -6,20 +6,24 @@ import dataclasses
 import itertools
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import probes
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, grad_and_value, hessian, jacrev
+from torch.func import functional_call, hessian, jacrev
 
 from zoo import trpo
 from zoo.common.device import compile_function, flatten
 from zoo.common.envs import make_envs
 from zoo.common.errors import UsageError
 from zoo.common.files import load_checkpoint
+from zoo.common.normalize import normalize
+from zoo.common.seeding import env_seeds
 
 F64 = torch.float64
 SCRIPT = Path(trpo.__file__)
@@ -50,9 +54,9 @@ def problem(discrete, obs=7, seed=0, advantage_of=None):
 def functions(forward):
     """What `trust_region_step` is given."""
     return dict(
-        gradient=lambda params, batch: grad_and_value(trpo.surrogate, has_aux=True)(params, batch, forward),
-        product=lambda params, obs, vector: trpo.fisher_product(params, obs, vector, forward),
-        evaluate=lambda params, batch: trpo.surrogate(params, batch, forward),
+        gradient=partial(trpo.surrogate_gradient, forward),
+        product=partial(trpo.fisher_product, forward),
+        evaluate=partial(trpo.surrogate, forward),
     )
 
 
@@ -64,7 +68,9 @@ def dense_fisher(params, forward, states):
             (torch.full((len(states),), k), dist.logits.softmax(-1)[:, k])
             for k in range(dist.logits.shape[-1])
         ]
-    else:  # Gauss-Hermite with three nodes a dimension integrates polynomials up to degree 5; the scores' products have 4
+    else:
+        # Gauss-Hermite with three nodes a dimension integrates polynomials up to degree 5; the scores'
+        # products have 4
         nodes, weights = np.polynomial.hermite_e.hermegauss(3)
         weighted = []
         for pick in itertools.product(range(3), repeat=dist.mean.shape[-1]):
@@ -88,7 +94,7 @@ def test_fisher_product_is_the_dense_matrix_times_the_vector(discrete):
     assert fisher.abs().max() > 0.1
     for seed in range(3):
         vector = torch.randn(len(params), dtype=F64, generator=torch.Generator().manual_seed(seed))
-        product = trpo.fisher_product(params, batch.obs, vector, forward)
+        product = trpo.fisher_product(forward, params, batch.obs, vector)
         torch.testing.assert_close(product, fisher @ vector, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(product, mean_kl @ vector, rtol=1e-8, atol=1e-8)
 
@@ -150,10 +156,13 @@ def test_conjugate_gradient_of_zero_is_zero():
 # --- the step -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-200, 1e200])
 @pytest.mark.parametrize("discrete", [False, True])
 @pytest.mark.parametrize("subsample", [1, 3])
-def test_step_is_the_natural_gradient_at_the_length_of_the_quadratic_model(discrete, subsample):
+def test_step_is_the_natural_gradient_at_the_length_of_the_quadratic_model(discrete, subsample, scale):
+    """Also of advantages so small, or so large, that the gradient's square is not a number of its type."""
     params, forward, batch, _ = problem(discrete, obs=40)
+    batch = batch._replace(advantage=scale * batch.advantage)
     args = trpo.Args(delta=1e-3, damping=0.05, cg_iterations=200, cg_tolerance=1e-10, fvp_subsample=subsample)
     new, metrics = trpo.trust_region_step(params, batch, args=args, delta=args.delta, **functions(forward))
     step = (new - params) / metrics["step_fraction"]
@@ -161,7 +170,7 @@ def test_step_is_the_natural_gradient_at_the_length_of_the_quadratic_model(discr
     assert float(step @ fisher @ step / 2) == pytest.approx(args.delta, rel=1e-8)
     score = jacrev(lambda p: forward(p, batch.obs)[0].log_prob(batch.action))(params)
     g = (score * batch.advantage[:, None]).mean(0)
-    x = torch.linalg.solve(fisher + 0.05 * torch.eye(len(params), dtype=F64), g)
+    x = torch.linalg.solve(fisher + 0.05 * torch.eye(len(params), dtype=F64), g / scale)
     torch.testing.assert_close(step / step.norm(), x / x.norm(), rtol=1e-6, atol=1e-8)
     assert float(metrics["grad_norm"]) == pytest.approx(float(g.norm()))
 
@@ -196,13 +205,12 @@ def test_a_rejected_search_leaves_the_policy_as_it_was(reason):
 
     def evaluate(candidate, batch):
         tried.append(candidate)
-        gain, metrics = trpo.surrogate(candidate, batch, forward)
+        gain, metrics = trpo.surrogate(forward, candidate, batch)
         if reason == "kl":
             return gain, metrics | {"kl": torch.tensor(0.0100001)}
         if reason == "surrogate":
-            return trpo.surrogate(params, batch, forward)[0], metrics | {
-                "kl": torch.tensor(0.0)
-            }  # no worse, but no better
+            # no worse, but no better
+            return trpo.surrogate(forward, params, batch)[0], metrics | {"kl": torch.tensor(0.0)}
         return (gain * torch.nan, metrics) if reason == "nan" else (gain, metrics)
 
     if reason == "no gradient":
@@ -215,12 +223,37 @@ def test_a_rejected_search_leaves_the_policy_as_it_was(reason):
     assert torch.equal(new, before) and torch.equal(params, before)
     assert metrics["accepted"] == metrics["step_fraction"] == 0
     assert all(np.isfinite(float(value)) for value in metrics.values())
-    assert len(tried) == 5
     if reason == "no gradient":
-        assert all(torch.equal(candidate, params) for candidate in tried)
+        assert tried == []  # there is nothing to search along
     else:
         lengths = [float((candidate - params).norm()) for candidate in tried]
         assert lengths == pytest.approx([lengths[0] * 0.5**k for k in range(5)])
+
+
+@pytest.mark.parametrize("damping", [0.1, 1e-3, 0.0])
+@pytest.mark.parametrize(
+    "logits", [(30.0, -30.0), (42.0, -42.0), (60.0, -32.0), (48.0, -48.0), (60.0, -60.0), (100.0, -100.0)]
+)
+def test_a_task_solved_for_good_is_left_alone(logits, damping):
+    """In float32, by a policy whose gradient, or only its square, is less than the least number."""
+    torch.manual_seed(0)
+    net = nn.ParameterDict({"bias": torch.tensor(logits), "weight": torch.zeros(2, 3)})
+    params, unflatten = flatten(net)
+
+    def forward(params, obs):
+        named = unflatten(params)
+        return trpo.Categorical(obs @ named["weight"].T + named["bias"]), obs[:, 0]
+
+    states, advantage = torch.randn(64, 3), torch.randn(64)
+    batch = trpo.PolicyBatch(states, torch.zeros(64).long(), forward(params, states)[0], advantage)
+    args = trpo.Args(fvp_subsample=1, damping=damping)
+    given, before = functions(forward), params.clone()
+    g = given["gradient"](params, batch)[0].abs().max().item()
+    gap = logits[0] - logits[1]
+    assert (g == 0) == (gap > 104) and g < np.exp(-gap) and g**2 < 1e-45
+    new, metrics = trpo.trust_region_step(params, batch, args=args, delta=0.02, **given)
+    assert torch.equal(new, before) and metrics["accepted"] == metrics["step_fraction"] == 0
+    assert all(np.isfinite(float(value)) for value in metrics.values()), metrics
 
 
 def test_first_step_of_a_linear_gaussian_policy_is_the_closed_form():
@@ -262,7 +295,7 @@ def test_neither_update_moves_the_other_ones_parameters(discrete):
     opt = trpo.new_adam(params)
     fitted = new
     for _ in range(3):
-        g = torch.func.grad(trpo.value_fit_loss)(fitted, batch.obs, batch.advantage, forward)
+        g = torch.func.grad(partial(trpo.value_fit_loss, forward))(fitted, batch.obs, batch.advantage)
         fitted, opt = trpo.adam(fitted, g, opt, torch.tensor(1e-3))
     assert metrics["accepted"] == 1
     for name, old in unflatten(params).items():
@@ -273,11 +306,11 @@ def test_neither_update_moves_the_other_ones_parameters(discrete):
 
 # --- the agent ----------------------------------------------------------------------------------------------
 
-QUICK = dict(total_steps=512, num_envs=4, num_steps=32, minibatch_size=64, hidden=(16,), eval_every=0, eval_episodes=2,
-             compile=False, progress=False)  # fmt: skip
+QUICK = dict(total_steps=512, num_envs=4, num_steps=32, minibatch_size=64, hidden=(16,), eval_every=0,
+             eval_episodes=2, compile=False, progress=False)  # fmt: skip
 PROBE = dict(total_steps=5120, learning_rate=5e-3, delta=0.05)
-CARTPOLE = dict(total_steps=40_960, num_envs=16, num_steps=64, minibatch_size=256, gae_lambda=0.98, damping=1e-3, delta=0.02,
-                eval_episodes=10, hidden=(64, 64))  # fmt: skip
+CARTPOLE = dict(total_steps=40_960, num_envs=16, num_steps=64, minibatch_size=256, gae_lambda=0.98,
+                damping=1e-3, delta=0.02, eval_episodes=10, hidden=(64, 64))  # fmt: skip
 
 
 def run(folder, env, resume=None, **changes):
@@ -292,6 +325,108 @@ def table(folder):
         return [
             {k: v for k, v in row.items() if k not in ("wall_time", "sps")} for row in csv.DictReader(file)
         ]
+
+
+def watch(monkeypatch, name):
+    """The calls of one of the agent's functions, as they are made: [(arguments, result)]."""
+    calls, function = [], getattr(trpo, name)
+
+    def watched(*args):
+        calls.append((args, function(*args)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(trpo, name, watched)
+    return calls
+
+
+def played(script, episode, steps):
+    """The rows (obs, reward, next_obs, terminated, truncated) of a script from an episode on."""
+    rows = []
+    while len(rows) < steps:
+        obs, episode_rows = script[episode % len(script)]
+        for reward, next_obs, ending in episode_rows:
+            rows.append(
+                (obs, reward, next_obs, ending in ("terminated", "both"), ending in ("truncated", "both"))
+            )
+            obs = next_obs
+        episode += 1
+    return rows[:steps]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_batches_hold_the_transitions_as_they_were(tmp_path, monkeypatch, scaled):
+    """A script by two copies: observations normalised as when they were acted on, rewards scaled by the
+    discounted sums of all rollouts so far, however large they are, advantages centred.
+
+    The first copy's rollout ends in mid-episode, just after a reward of 300, which the next one's sums hold.
+    """
+    script = [*probes.SCRIPT * 20, (60.0, [(300.0, 61.0, ""), (1.0, 62.0, "terminated")])]
+    monkeypatch.setattr(probes, "SCRIPT", script)
+    monkeypatch.setattr(trpo, "env_seeds", lambda seed, purpose, count, step: [0, 1])
+    names = ("policy_at", "collect", "gae", "trust_region_step", "fit_critic")
+    policies, collects, gaes, steps, fits = (watch(monkeypatch, name) for name in names)
+    steps_each = 161
+    run(tmp_path, "probe/Scripted-v0", num_envs=2, num_steps=steps_each, minibatch_size=161, total_steps=644,
+        gamma=0.9, gae_lambda=0.8, scale_rewards=scaled, normalize_advantages=scaled)  # fmt: skip
+    scripts = [played(script, copy, 2 * steps_each) for copy in (0, 1)]
+    sums, history, largest = [0.0, 0.0], [], 0.0
+    unflatten = flatten(trpo.ActorCritic(make_envs("probe/Scripted-v0", 1), (16,), -0.5, False))[1]
+    assert len(gaes) == len(steps) == len(fits) == 2
+    for i, row in enumerate(table(tmp_path)):
+        net, stats = policies[i][0]
+        noise, (rollout, *_) = collects[i][0][3], collects[i][1]
+        (reward, value, _, *ended, gamma, lam), advantage = gaes[i]
+        (params, batch, *_), _ = steps[i]
+        assert (stats["count"], gamma, lam) == (2 * steps_each * i, 0.9, 0.8)
+        mine = [copy[steps_each * i :][:steps_each] for copy in scripts]
+        obs, rewards, _, terminated, truncated = (torch.tensor(column).T for column in zip(
+            *(zip(*rows, strict=True) for rows in mine), strict=True))  # fmt: skip
+        assert torch.equal(batch.obs, normalize(obs.flatten()[:, None], stats))
+        assert torch.equal(ended[0], terminated) and torch.equal(ended[1], truncated)
+        for t in range(steps_each):
+            for copy in (0, 1):
+                sums[copy] += float(rewards[t, copy])
+                history.append(sums[copy])
+                sums[copy] *= 0.9 * (not terminated[t, copy] and not truncated[t, copy])
+        deviation = np.std(history) if scaled else 1.0
+        torch.testing.assert_close(reward, rewards / deviation, rtol=1e-5, atol=1e-5, check_dtype=False)
+        largest = max(largest, reward.max().item())
+        old, old_value = functional_call(net, unflatten(params), (batch.obs,))
+        torch.testing.assert_close(batch.old.logits, old.logits)
+        torch.testing.assert_close(value.flatten(), old_value)
+        assert torch.equal(batch.action, (old.logits + noise.flatten(0, 1)).argmax(-1))
+        assert torch.equal(batch.action, rollout.action.flatten())
+        expected, target = advantage.flatten().double(), (advantage + value).flatten()
+        if scaled:
+            expected = (expected - expected.mean()) / expected.std(unbiased=False)
+        torch.testing.assert_close(batch.advantage, expected.float(), rtol=1e-4, atol=1e-5)
+        assert torch.equal(fits[i][0][5], target) and torch.equal(fits[i][0][4], batch.obs)
+        explained = 1 - (advantage.var() / target.var()).item()
+        assert float(row["explained_variance"]) == pytest.approx(explained, abs=1e-5)
+    assert largest > 10
+
+
+def test_equal_advantages_move_nothing(tmp_path):
+    """Their mean is not exact in a batch of 99: what rounding leaves is no reason for a step."""
+    run(tmp_path, "probe/ConstantValue-v0", num_envs=3, num_steps=33, minibatch_size=33, total_steps=990,
+        learning_rate=1e-2)  # fmt: skip
+    rows = table(tmp_path)
+    assert len(rows) == 10 and float(rows[-1]["value_loss"]) < 0.01
+    assert {row["accepted"] for row in rows} == {"0"}
+
+
+@pytest.mark.parametrize("bias", [30.0, 46.0, 60.0, 100.0])
+def test_a_run_whose_task_is_solved_goes_on(tmp_path, monkeypatch, bias):
+    class Certain(trpo.ActorCritic):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.policy_head.bias.data += torch.tensor([-bias, bias])
+
+    monkeypatch.setattr(trpo, "ActorCritic", Certain)
+    assert run(tmp_path, "probe/Discount-v0", damping=1e-3) == 1
+    rows = table(tmp_path)
+    assert [row["accepted"] for row in rows] == ["0"] * 4
+    assert float(rows[-1]["value_loss"]) < float(rows[0]["value_loss"])  # the critic learns on
 
 
 def learnt(folder, env, **changes):
@@ -333,26 +468,15 @@ def test_probe_time_limit_bootstraps(tmp_path):
 
 def test_values_of_successors_are_those_of_the_true_ones(tmp_path, monkeypatch):
     """Also where a time limit cut the episode and the next row belongs to another one."""
-    envs, seen, checked = make_envs("probe/Scripted-v0", 1), {}, []
+    envs, checked = make_envs("probe/Scripted-v0", 1), []
     net = trpo.ActorCritic(envs, (16,), -0.5, False)
     unflatten = flatten(net)[1]
-
-    def note(name):
-        function = getattr(trpo, name)
-
-        def noted(*args, **kwargs):
-            seen[name] = (args, function(*args, **kwargs))
-            return seen[name][1]
-
-        monkeypatch.setattr(trpo, name, noted)
-
-    for name in ("collect", "normalize", "gae"):
-        note(name)
+    collects, normalizes, gaes = (watch(monkeypatch, name) for name in ("collect", "normalize", "gae"))
     step = trpo.trust_region_step
 
     def check(params, *args):
-        rollout, (_, value, next_value, *_) = seen["collect"][1][0], seen["gae"][0]
-        stats, truncated = seen["normalize"][0][1], rollout.truncated & ~rollout.terminated
+        rollout, (_, value, next_value, *_) = collects[-1][1][0], gaes[-1][0]
+        stats, truncated = normalizes[-1][0][1], rollout.truncated & ~rollout.terminated
         for obs, given in ((rollout.obs, value), (rollout.next_obs, next_value)):
             expected = functional_call(
                 net, unflatten(params), ((obs - stats["mean"].float()) / stats["var"].sqrt().float(),)
@@ -410,11 +534,7 @@ def test_compiled_equals_eager_over_several_updates(discrete):
         start, opt = params, trpo.new_adam(params)
         cpu = torch.device("cpu")
         given = {name: compile_function(f, cpu, enabled) for name, f in functions(forward).items()}
-        fit = compile_function(
-            lambda p, obs, target, f=forward: grad_and_value(trpo.value_fit_loss)(p, obs, target, f),
-            cpu,
-            enabled,
-        )
+        fit = compile_function(partial(trpo.fit_critic, forward, trpo.Args(minibatch_size=10)), cpu, enabled)
         accepted = []
         for seed in range(4):
             batch = problem(discrete, obs=30, seed=seed)[2]
@@ -423,8 +543,8 @@ def test_compiled_equals_eager_over_several_updates(discrete):
                 params, batch, args=trpo.Args(fvp_subsample=1), delta=0.02, **given
             )
             accepted.append(metrics["accepted"])
-            g, _ = fit(params, batch.obs, batch.advantage)
-            params, opt = trpo.adam(params, g, opt, torch.tensor(1e-2))
+            rate, order = torch.tensor(1e-2), torch.randperm(30)
+            params, opt, _ = fit(params, opt, batch.obs, batch.advantage, order, rate)
         assert accepted == [1, 1, 1, 1]
         assert all(
             not torch.equal(a, b)
@@ -450,20 +570,21 @@ def test_same_seed_same_table(tmp_path, env):
         run(tmp_path / name, env, seed=seed)
     a, b, c = (table(tmp_path / name) for name in "abc")
     assert len(a) == 4 and a == b != c
-    assert {"kl", "policy_loss", "accepted", "step_fraction", "cg_residual", "entropy", "value_loss", "explained_variance",
-            "grad_norm"} <= a[0].keys()  # fmt: skip
+    assert {"kl", "policy_loss", "accepted", "step_fraction", "cg_residual", "entropy", "value_loss",
+            "explained_variance", "grad_norm"} <= a[0].keys()  # fmt: skip
 
 
 def test_resumed_run_goes_on_from_the_checkpoint(tmp_path, monkeypatch):
+    acted_with, policy_at, collects = [], trpo.policy_at, watch(monkeypatch, "collect")
+
+    def noted_policy_at(net, obs_stats):
+        acted_with.append((flatten(net)[0], obs_stats))
+        return policy_at(net, obs_stats)
+
     run(tmp_path, "CartPole-v1")
     first = load_checkpoint(tmp_path / "checkpoint.pt", "checkpoint")
-    table_before, acted_with, collect = table(tmp_path), [], trpo.collect
-
-    def collect_and_note(envs, obs, act, noise):
-        acted_with.append(act.args)
-        return collect(envs, obs, act, noise)
-
-    monkeypatch.setattr(trpo, "collect", collect_and_note)
+    table_before = table(tmp_path)
+    monkeypatch.setattr(trpo, "policy_at", noted_policy_at)
     run(tmp_path, "CartPole-v1", resume=tmp_path, total_steps=512 + 128)
     last = load_checkpoint(tmp_path / "checkpoint.pt", "checkpoint")
     assert (first["step"], last["step"]) == (512, 640)
@@ -472,9 +593,13 @@ def test_resumed_run_goes_on_from_the_checkpoint(tmp_path, monkeypatch):
     assert not torch.equal(last["state"]["generator"], first["state"]["generator"])
     rows = table(tmp_path)
     assert rows[:4] == table_before and [row["step"] for row in rows] == ["128", "256", "384", "512", "640"]
-    [(params, obs_stats)] = acted_with
+    (params, obs_stats), _ = acted_with  # by the run, and by its evaluation
     assert torch.equal(params, first["state"]["params"])
     assert torch.equal(obs_stats["mean"], first["state"]["obs_stats"]["mean"])
+    # from other starts than the run's own
+    starts, others = collects[0][0][1], collects[4][0][1]
+    assert not set(starts.flatten().tolist()) & set(others.flatten().tolist())
+    assert np.array_equal(others, make_envs("CartPole-v1", 4).reset(env_seeds(1, "environments", 4, 512)))
 
 
 def test_a_finished_run_can_be_resumed(tmp_path):
@@ -487,9 +612,10 @@ def test_a_finished_run_can_be_resumed(tmp_path):
 def test_bad_input_is_told_in_one_line(tmp_path):
     """All in one process: the import of torch is what takes the time."""
     cases = {
-        "--delta": "-0.01", "--damping": "-1", "--backtrack": "1.0", "--max-backtracks": "-1", "--cg-iterations": "0",
-        "--cg-tolerance": "-1", "--fvp-subsample": "0", "--critic-epochs": "0", "--minibatch-size": "100", "--gamma": "1.5",
-        "--gae-lambda": "-0.1", "--num-steps": "0", "--total-steps": "10",
+        "--delta": "-0.01", "--damping": "-1", "--backtrack": "1.0", "--max-backtracks": "-1",
+        "--cg-iterations": "0", "--cg-tolerance": "-1", "--fvp-subsample": "0", "--critic-epochs": "0",
+        "--minibatch-size": "100", "--gamma": "1.5", "--gae-lambda": "-0.1", "--num-steps": "0",
+        "--total-steps": "0",
     }  # fmt: skip
     for flag, value in cases.items():
         name = flag[2:].replace("-", "_")

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -103,7 +103,10 @@ class SquashedGaussian(NamedTuple):
     log_std: Tensor
 
     def sample(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions (B, A) of standard normal noise (B, A), and their log-probabilities (B,); differentiable."""
+        """Actions (B, A) of standard normal noise (B, A), and their log-probabilities (B,).
+
+        Differentiable, both of them.
+        """
         u = self.mean + self.log_std.exp() * noise
         gaussian = -0.5 * noise**2 - self.log_std - HALF_LOG_2PI
         # log(1 - tanh(u)^2) without the cancellation, which is complete in float32 from |u| = 9 on
@@ -196,9 +199,9 @@ def alpha_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Te
 
 # --- the update ---------------------------------------------------------------------------------------------
 
-Learner = dict[
-    str, Tensor | dict[str, Tensor]
-]  # actor, critic, (value,) target, log_alpha, and NAME_opt of each
+# actor, critic, (value,) target and log_alpha, vectors; and NAME_opt of each but the target, Adam's moments.
+# Any, because a dict has one type of values: what a name holds is known where the name is written.
+Learner = dict[str, Any]
 
 
 class Networks(NamedTuple):
@@ -331,7 +334,8 @@ def check(args: Args) -> None:
     require(args.random_steps >= 0, f"--random-steps must be at least 0, not {args.random_steps}")
     require(
         args.buffer_size >= args.num_envs,
-        f"--buffer-size {args.buffer_size} is less than one step of the environments (--num-envs {args.num_envs})",
+        f"--buffer-size {args.buffer_size} is less than one step of the environments"
+        f" (--num-envs {args.num_envs})",
     )
     require(
         args.alpha is None or args.target_entropy is None,

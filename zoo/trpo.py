@@ -469,7 +469,9 @@ def judge(net: ActorCritic, rollout: Rollout, args: Args) -> tuple[Tensor, Tenso
     return_ = advantage + value.flatten()
     explained_variance = 1 - advantage.var() / (return_.var() + 1e-8)
     if args.normalize_advantages:
-        advantage = (advantage - advantage.mean()) / (advantage.std(unbiased=False) + 1e-8)
+        # those that differ by rounding alone are equal, and not to be blown up to unit size
+        std, rounding = advantage.std(unbiased=False), 1e-6 * return_.abs().max()
+        advantage = torch.where(std > rounding, (advantage - advantage.mean()) / (std + 1e-8), 0.0)
     return advantage, return_, explained_variance
 
 
