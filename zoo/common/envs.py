@@ -158,21 +158,37 @@ def _without_deprecations(env_id: str) -> Iterator[None]:
                 mujoco.set_mju_user_warning(handler)
 
 
-def make_single(env_id: str) -> gym.Env:
-    """One Gymnasium environment, or a UsageError with the nearest ids where there is none of that name."""
+def make_single(env_id: str, **options: Any) -> gym.Env:
+    """One Gymnasium environment, or a UsageError with the nearest ids where there is none of that name.
+
+    options: of its constructor, such as render_mode.
+    """
     try:
         with _without_deprecations(env_id):
             # The passive checker warns on every step of every copy; what it looks at is checked here as well.
-            return gym.make(env_id, disable_env_checker=True)
+            return gym.make(env_id, disable_env_checker=True, **options)
     except gym.error.DependencyNotInstalled as error:
-        raise UsageError(f"--env {env_id} needs a package that is missing: {error}") from error
-    except (gym.error.UnregisteredEnv, gym.error.Error, ModuleNotFoundError) as error:
-        near = difflib.get_close_matches(env_id, gym.registry.keys(), n=3, cutoff=0.5)
-        hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise UsageError(f"--env {env_id}: {' '.join(str(error).split())}{hint}") from error
+        message = " ".join(str(error).split())
+        if "box2d" in message.lower():  # Gymnasium's own advice would leave our extra unmentioned
+            raise UsageError(
+                f"--env {env_id} needs Box2D, which is missing: pip install -e '.[box2d]'"
+            ) from error
+        raise UsageError(f"--env {env_id} needs a package that is missing: {message}") from error
+    except gym.error.NamespaceNotFound as error:
+        if env_id.startswith("ALE/"):  # its module registers the tasks, and the part before the colon imports it
+            advice = f"pip install ale-py and give --env ale_py:{env_id}"
+            raise UsageError(f"--env {env_id} needs the package ale-py: {advice}") from error
+        raise UsageError(f"--env {env_id}: {' '.join(str(error).split())}{_nearest(env_id)}") from error
+    except (gym.error.Error, ModuleNotFoundError) as error:
+        raise UsageError(f"--env {env_id}: {' '.join(str(error).split())}{_nearest(env_id)}") from error
     except Exception as error:  # the constructor's own
         message = " ".join(str(error).split())
         raise UsageError(f"--env {env_id} cannot be made: {type(error).__name__}: {message}") from error
+
+
+def _nearest(env_id: str) -> str:
+    near = difflib.get_close_matches(env_id, gym.registry.keys(), n=3, cutoff=0.5)
+    return f"; nearest: {', '.join(near)}" if near else ""
 
 
 def make_envs(env_id: str, num_envs: int, engine: str = "auto", threads: int | None = None) -> VectorEnv:
