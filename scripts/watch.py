@@ -153,7 +153,9 @@ def check(args: Args) -> None:
         except ImportError:
             raise UsageError(f"--video {args.video}: an .mp4 needs pip install -e '.[video]'") from None
     if not shown:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo would try to open a window first
+        # MuJoCo would try to open a window first, and SDL complain that it cannot
+        os.environ.setdefault("MUJOCO_GL", "egl")
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
 
 def play(args: Args) -> str:
@@ -189,7 +191,8 @@ def play(args: Args) -> str:
     except Exception as error:  # no OpenGL, a package missing: whatever the renderer raises
         raise RunFault(_undrawn(agent.env, error)) from error
     if not player.returns:
-        return f"the episode's return is {player.running:.2f} up to here, after --seconds {args.seconds:g}; {args.video}"
+        cut = f"after --seconds {args.seconds:g}"
+        return f"the episode's return is {player.running:.2f} up to here, {cut}; {args.video}"
     count = len(player.returns)
     told = f"mean return {np.mean(player.returns):.2f} over {count} episode{'s' if count > 1 else ''}"
     return f"{told}; {args.video}" if args.video else told

@@ -1,6 +1,13 @@
 """Trained agents for tests of what is done with them: tiny runs that learnt next to nothing."""
 
+import dataclasses
+
 from zoo import ppo, sac
+from zoo.common.device import flatten
+from zoo.common.envs import make_envs
+from zoo.common.files import save_checkpoint
+from zoo.common.normalize import new_stats
+from zoo.common.state import portable
 
 COMMON = dict(compile=False, env_threads=1, progress=False, eval_episodes=1)
 
@@ -16,4 +23,15 @@ def train_sac(folder, env="Pendulum-v1"):
     """The same of SAC."""
     sizes = dict(num_envs=4, total_steps=200, random_steps=100, batch_size=8, hidden=(8, 8))
     sac.train(sac.Args(env=env, run_dir=str(folder), **COMMON, **sizes))
+    return folder
+
+
+def untrained(folder, env):
+    """A folder with the agent.pt of a PPO that has not begun, for tasks in which nothing ends."""
+    args, envs = ppo.Args(env=env), make_envs(env, 1)
+    params, _ = flatten(ppo.ActorCritic(envs, args.hidden, args.log_std, args.shared_network))
+    state = portable({"params": params.detach(), "obs_stats": new_stats(envs.obs_dim)}, "acting")
+    folder.mkdir(parents=True)
+    content = {"agent": "ppo", "env": env, "args": portable(dataclasses.asdict(args), "args"), "state": state}
+    save_checkpoint(folder / "agent.pt", content)
     return folder

@@ -7,6 +7,8 @@ tasks (mujoco_engine.py) and its classic control tasks (classic_engine.py) stepp
 import contextlib
 import difflib
 import importlib
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -139,11 +141,15 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def _entry_point(env_id: str) -> str:
+    return str(getattr(gym.registry.get(env_id), "entry_point", ""))
+
+
 @contextlib.contextmanager
 def _without_deprecations(env_id: str) -> Iterator[None]:
     """Making a v4 task warns that there is a v5, and MuJoCo of an XML attribute in Gymnasium's own files."""
     mujoco: Any = None
-    if "envs.mujoco" in str(getattr(gym.registry.get(env_id), "entry_point", "")):  # importing it takes 0.2 s
+    if "envs.mujoco" in _entry_point(env_id):  # importing it takes 0.2 s
         with contextlib.suppress(ImportError):
             mujoco = importlib.import_module("mujoco")
     handler = mujoco and mujoco.get_mju_user_warning()
@@ -183,6 +189,10 @@ def make_single(env_id: str, **options: Any) -> gym.Env:
         raise UsageError(f"--env {env_id}: {' '.join(str(error).split())}{_nearest(env_id)}") from error
     except Exception as error:  # the constructor's own
         message = " ".join(str(error).split())
+        renderer = os.environ.get("MUJOCO_GL")
+        if renderer and "mujoco" not in sys.modules and "envs.mujoco" in _entry_point(env_id):
+            told = f"MuJoCo cannot be imported with MUJOCO_GL={renderer}: {message}; try egl, osmesa or none"
+            raise UsageError(f"--env {env_id}: {told}") from error
         raise UsageError(f"--env {env_id} cannot be made: {type(error).__name__}: {message}") from error
 
 
