@@ -26,11 +26,16 @@ def train_sac(folder, env="Pendulum-v1"):
     return folder
 
 
-def untrained(folder, env):
-    """A folder with the agent.pt of a PPO that has not begun, for tasks in which nothing ends."""
+def untrained(folder, env, gain=1.0, mean=0.0):
+    """A folder with the agent.pt of a PPO that has not begun, for tasks in which nothing ends.
+
+    gain: by which its parameters are multiplied, for actions that differ. mean: of the observations.
+    """
     args, envs = ppo.Args(env=env), make_envs(env, 1)
     params, _ = flatten(ppo.ActorCritic(envs, args.hidden, args.log_std, args.shared_network))
-    state = portable({"params": params.detach(), "obs_stats": new_stats(envs.obs_dim)}, "acting")
+    stats = new_stats(envs.obs_dim)
+    stats |= {"mean": stats["mean"] + mean, "var": stats["var"] * 0.25, "count": stats["count"] + 5}
+    state = portable({"params": gain * params.detach(), "obs_stats": stats}, "acting")
     folder.mkdir(parents=True)
     content = {"agent": "ppo", "env": env, "args": portable(dataclasses.asdict(args), "args"), "state": state}
     save_checkpoint(folder / "agent.pt", content)
