@@ -58,10 +58,7 @@ def test_a_trained_agent(train, tmp_path, command):
     check_equal(zoo.load(folder), tmp_path / "a.onnx", scale=3.0)
 
 
-@pytest.mark.parametrize(
-    ("task", "scale"),
-    [("Bounds", 30.0), ("BoxInteger", 30.0), ("Far", 1e8)],
-)
+@pytest.mark.parametrize(("task", "scale"), [("Bounds", 30.0), ("BoxInteger", 30.0), ("Far", 1e8)])
 def test_any_space(task, scale, tmp_path):
     """Actions half-bounded or whole numbers; observations that need float64."""
     agent = zoo.load(agents.untrained(tmp_path / "run", f"probe/{task}-v0", gain=30.0, mean=0.3 * scale))

@@ -44,7 +44,13 @@ def test_a_class_of_ones_own_needs_no_table():
     assert Args.for_env("CartPole-v1").total_steps == ppo.Args().total_steps
 
 
-TABLE = {"Hopper-v4": {"a": 4}, "Hopper-v2": {"a": 2}, "Hop-v5": {"a": 0}, "Other-v12": {"a": 12}, "Plain": {"a": 1}}
+TABLE = {
+    "Hopper-v4": {"a": 4},
+    "Hopper-v2": {"a": 2},
+    "Hop-v5": {"a": 0},
+    "Other-v12": {"a": 12},
+    "Plain": {"a": 1},
+}
 
 
 @pytest.mark.parametrize(
@@ -64,7 +70,9 @@ TABLE = {"Hopper-v4": {"a": 4}, "Hopper-v2": {"a": 2}, "Hop-v5": {"a": 0}, "Othe
 def test_versions_share_their_settings(env, taken, capsys):
     assert settings_for(env, lambda task: TABLE.get(task, {})) == TABLE.get(taken, {})
     told = capsys.readouterr()
-    expected = f"{env} has no settings of its own: those of {taken} are taken\n" if taken not in (env, None) else ""
+    expected = (
+        f"{env} has no settings of its own: those of {taken} are taken\n" if taken not in (env, None) else ""
+    )
     assert (told.out, told.err) == ("", expected)
 
 
@@ -83,7 +91,9 @@ def test_help_shows_examples_and_the_tasks_with_settings(agent, capsys, monkeypa
     assert text.count(f"    python zoo/{name}.py") >= 2
     assert all(task in text for task in agent.SETTINGS)
     assert "--env X --help shows the defaults for task X" in text
-    assert text.index("--env STR") < min(text.index(f"--{other} INT") for other in ("seed", "num-envs", "threads"))
+    assert text.index("--env STR") < min(
+        text.index(f"--{other} INT") for other in ("seed", "num-envs", "threads")
+    )
 
 
 def test_help_shows_a_tasks_own_defaults(capsys):
@@ -99,8 +109,12 @@ def test_a_missing_package_is_named(monkeypatch):
         monkeypatch.delitem(sys.modules, module)
     with pytest.raises(UsageError) as caught:
         make_single("LunarLander-v3")
-    assert str(caught.value) == "--env LunarLander-v3 needs Box2D, which is missing: pip install -e '.[box2d]'"
-    monkeypatch.setattr(gym.envs.registration, "registry", {k: v for k, v in gym.registry.items() if "ALE/" not in k})
+    assert (
+        str(caught.value) == "--env LunarLander-v3 needs Box2D, which is missing: pip install -e '.[box2d]'"
+    )
+    monkeypatch.setattr(
+        gym.envs.registration, "registry", {k: v for k, v in gym.registry.items() if "ALE/" not in k}
+    )
     with pytest.raises(UsageError) as caught:
         make_single("ALE/Pong-v5")
     advice = "pip install ale-py and give --env ale_py:ALE/Pong-v5"

@@ -24,7 +24,9 @@ def test_the_tour(tmp_path, monkeypatch):
     nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in code for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
-    text = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    text = "".join(
+        output.text for output in outputs if output.output_type == "stream" and output.name == "stdout"
+    )
     told = text.split("<ppo of CartPole-v1, trained for 20,480 steps>: return ")[1]
     assert float(told.split()[0]) > 100  # 22 is what chance gives
     assert "-0.2: 0" in text and "0.2: 1" in text  # pushed to the side that it falls to

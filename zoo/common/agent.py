@@ -41,10 +41,11 @@ class Agent:
         """
         envs, shape = self.envs, np.shape(obs)
         one = shape == envs.obs_shape
-        if not one and shape[1:] != envs.obs_shape or len(shape) > len(envs.obs_shape) + 1:
+        if (not one and shape[1:] != envs.obs_shape) or len(shape) > len(envs.obs_shape) + 1:
             raise UsageError(
                 f"policy: an observation of {self.env} has the shape {envs.obs_shape}, "
-                f"a batch of them {('N', *envs.obs_shape)}".replace("'", "") + f", not {shape}"
+                f"a batch of them {('N', *envs.obs_shape)}".replace("'", "")
+                + f", not {shape}"
             )
         rows = np.asarray(obs, dtype=envs.dtype).reshape(-1, envs.obs_dim)
         actions = envs.to_env_action(self.acts(rows))
