@@ -2,7 +2,7 @@
 
     python scripts/evaluate.py runs/MY_RUN
     python scripts/evaluate.py results/ppo/CartPole-v1 --episodes 20 --seed 7
-    python scripts/evaluate.py runs/MY_RUN --env HalfCheetah-v5      another task with the same observations and actions
+    python scripts/evaluate.py runs/MY_RUN --env HalfCheetah-v5    another task of the same spaces
 
 Loading agent.pt executes no code; only agents of the zoo itself are played.
 """

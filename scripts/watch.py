@@ -125,7 +125,8 @@ def write_video(path: Path, frames: Iterator[np.ndarray], fps: float) -> None:
             import imageio.v2 as imageio
 
             # even sizes are all that H.264 asks for
-            with imageio.get_writer(unfinished, format="FFMPEG", fps=fps, macro_block_size=2) as writer:
+            writer: Any = imageio.get_writer(unfinished, format="FFMPEG", fps=fps, macro_block_size=2)
+            with writer:
                 for frame in frames:
                     writer.append_data(frame)
         os.replace(unfinished, path)

@@ -4,20 +4,12 @@ import sys
 from pathlib import Path
 
 import agents
+import export
 import numpy as np
+import onnxruntime
 import pytest
 
 import zoo
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import export
-
-for package in ("onnx", "onnxscript", "onnxruntime"):
-    pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[export]'")
-
-import onnxruntime
 
 
 @pytest.fixture

@@ -126,14 +126,14 @@ def test_what_is_no_agent_of_this_zoo_is_refused_in_one_line(cartpole, tmp_path)
         (tmp_path / "none", None, "no such file or folder"),
         (folder("empty"), None, "holds no agent.pt"),
         (folder("unfinished", "checkpoint.pt"), None, "--resume"),
-        (cartpole.parent, None, f"holds no agent.pt, so no trained agent; the newest of those within: {cartpole}"),
+        (cartpole.parent, None, f"no trained agent; the newest of those within: {cartpole}"),
         (cartpole / "args.json", None, "is not a checkpoint of the zoo"),
         (saved("old.pt", format=1), None, "has format 1; this version of the zoo reads format"),
         (saved("other.pt", agent="os"), None, "is of agent os, which this version of the zoo does not have"),
         (saved("common.pt", agent="common"), None, "zoo/common.py has no make_policy"),
         (saved("empty.pt", state={}), None, "lacks 'params', which zoo/ppo.py needs to act"),
         (saved("wider.pt", args=wider), None, "does not fit zoo/ppo.py on CartPole-v1"),
-        (cartpole, "Acrobot-v1", "--env Acrobot-v1: its observations or actions are not those of CartPole-v1"),
+        (cartpole, "Acrobot-v1", "its observations or actions are not those of CartPole-v1"),
         (cartpole, "CartPoole-v1", "--env CartPoole-v1"),
     ]  # fmt: skip
     for path, env, words in cases:

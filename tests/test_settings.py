@@ -1,4 +1,4 @@
-"""The settings of a task: the same from Python and the command line, shared by its versions, shown by --help."""
+"""The settings of a task: the same from Python and the shell, shared by its versions, shown by --help."""
 
 import dataclasses
 import sys

@@ -1,20 +1,16 @@
-"""scripts/watch.py: what moves stays in the picture, the video's length, and what it says where it cannot draw."""
+"""scripts/watch.py: what moves stays in the picture, a video's length, what it says without a display."""
 
+import itertools
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import agents
 import gymnasium as gym
 import numpy as np
 import pytest
-from PIL import Image, ImageSequence
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
 import watch
+from PIL import Image, ImageSequence
 
 # Draws one picture; in a process of its own, for MuJoCo's window library ends the process without a display.
 DRAW = "import gymnasium; e = gymnasium.make('Swimmer-v5', render_mode='rgb_array'); e.reset(); e.render()"
@@ -74,7 +70,7 @@ def orange(picture):
 
 
 class Walks:
-    """In place of an agent: sets the body 12 m further at each step, which no camera that stands would show."""
+    """In place of an agent: sets the body 12 m further at each step, beyond any camera that stands."""
 
     def __init__(self, env):
         self.env = env
@@ -102,7 +98,7 @@ def test_the_camera_follows(task, monkeypatch):
         body = orange(picture)
         assert len(body) > 40  # pixels
         assert np.abs(body.mean(0) - 48).max() < 25  # about the middle of it
-    assert all((a != b).any() for a, b in zip(seen, seen[1:], strict=False))
+    assert all((a != b).any() for a, b in itertools.pairwise(seen))
 
 
 @pytest.mark.usefixtures("egl")
@@ -166,7 +162,7 @@ def test_without_a_renderer_others_are_named(cheetah, tmp_path, renderer):
     """In a process of its own, because a renderer is chosen once."""
     environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
     result = subprocess.run(
-        [sys.executable, SCRIPTS / "watch.py", cheetah, "--video", tmp_path / "a.gif"],
+        [sys.executable, watch.__file__, cheetah, "--video", tmp_path / "a.gif"],
         env={**environment, "MUJOCO_GL": renderer}, capture_output=True, text=True,
     )  # fmt: skip
     errors = result.stderr.splitlines()
@@ -189,7 +185,7 @@ def test_bad_input_is_one_line_and_status_2(cartpole, tmp_path, command):
         ([cartpole, "--video", tmp_path / "none" / "a.gif"], f"no such folder as {tmp_path / 'none'}"),
         ([cartpole, "--video", tmp_path / "a.avi"], "end the name in .mp4 or .gif"),
         ([tmp_path, "--video", tmp_path / "a.gif"], "holds no agent.pt"),
-        ([blind, "--video", tmp_path / "a.gif"], "cannot be drawn: its metadata's render_modes lack 'rgb_array'"),
+        ([blind, "--video", tmp_path / "a.gif"], "its metadata's render_modes lack 'rgb_array'"),
         ([cartpole, "--video", tmp_path / "a.gif", "--episodes", 0], "--episodes must be at least 1"),
         ([cartpole, "--video", tmp_path / "a.gif", "--seconds", -1], "--seconds must be at least 0"),
         ([cartpole, "--video", tmp_path / "a.gif", "--size", 7], "--size must lie in [16, 4096], not 7"),

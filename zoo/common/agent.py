@@ -36,7 +36,7 @@ class Agent:
     def policy(self, obs: ArrayLike) -> Any:
         """The action without noise, for one observation; for a batch (N, ...) of them the actions (N, ...).
 
-        Observations and actions are those of the Gymnasium environment: of its shapes, scale and action dtype.
+        Observations and actions are those of the Gymnasium environment: its shapes, scale, action dtype.
         Raises UsageError for another shape.
         """
         envs, shape = self.envs, np.shape(obs)
