@@ -71,6 +71,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "dpo_d3po": Experiment("diffusion_dpo", "--loss d3po --total-steps 81920", 3),
     "dpo_notes35": Experiment("diffusion_dpo", "--loss notes35 --total-steps 81920"),
     "digits_return": Experiment("ddpo", "--env digits", 3),
+    "digits_0.8": Experiment("ddpo", "--env digits --beta 0.8", 3),
     "digits_none": Experiment("ddpo", "--env digits --kl none", 3),
 }
 

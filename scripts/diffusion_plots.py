@@ -97,7 +97,7 @@ def draw_ring(runs: Path, out: Path) -> None:
     """x_0 on the ring: the reference, the tilt, with and without the KL (seed 1)."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 4, figsize=(12, 3.3), layout="constrained", sharey=True)
+    figure, axes = pyplot.subplots(1, 4, figsize=(12, 3.9), layout="constrained", sharey=True)
     for i, (name, title) in enumerate((("ring_return", "KL in the return"), ("ring_none", "no KL"))):
         agent = load_agent(runs / name / "seed_1")
         exact = agent.exact()
@@ -131,7 +131,8 @@ def draw_digits(runs: Path, out: Path) -> None:
         ("without", agents["digits_none"], "params"),
     )
     for panel, (title, agent, which) in zip(axes, shown, strict=True):
-        pictures = agent.samples(which, 32).view(2, 16, 8, 8).permute(0, 2, 1, 3).reshape(16, 128)
+        framed = torch.nn.functional.pad(agent.samples(which, 32).view(2, 16, 8, 8), (1, 1, 1, 1), value=-1)
+        pictures = framed.permute(0, 2, 1, 3).reshape(20, 160)
         panel.imshow(-pictures, cmap="gray", vmin=-1, vmax=1)
         panel.set(title=title, xticks=[], yticks=[])
     figure.savefig(out, dpi=120)

@@ -1,15 +1,18 @@
-"""Draw learning curves of results/: mean over seeds of the deterministic evaluations, shaded by a standard
-deviation each way.
+"""Draw learning curves: mean over seeds of the deterministic evaluations, shaded by a standard deviation
+each way.
 
-    python scripts/plot.py --env HalfCheetah-v4        every agent on the task, to results/HalfCheetah-v4.png
+    python scripts/plot.py runs/MY_RUN runs/ANOTHER      a curve for each run, to curves.png
+    python scripts/plot.py --env HalfCheetah-v4          every agent on the task, to results/TASK.png
     python scripts/plot.py results/reinforce/CartPole-v1 results/no_baseline/reinforce/CartPole-v1 \\
         --labels "learned V" "no baseline" --out results/no_baseline.png
 
 Needs the extra `plots`: pip install -e '.[plots]'.
 """
 
+import contextlib
 import csv
 import importlib.util
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,32 +21,32 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from zoo.common.cli import require
+from zoo.common.args import require
 from zoo.common.errors import UsageError
 
 
 @dataclass
 class Args:
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """folders with seed_N.csv files, a curve each"""
+    """folders of runs, or of results/ (with seed_N.csv files); a curve each"""
     env: str = ""
     """in place of folders: the task of which to draw every agent in --results"""
     labels: tuple[str, ...] = ()
-    """names of the folders' curves (default: the agents' names)"""
+    """names of the folders' curves (default: the agents' names, the runs' folders)"""
     results: Path = Path("results")
     """where --env looks"""
     out: Path | None = None
-    """picture to write: png, svg or pdf (default: TASK.png in --results)"""
+    """picture to write: png, svg or pdf (default: TASK.png in --results for --env, else curves.png)"""
 
 
 def load_curves(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (K,) and evaluation returns (seeds, K) of a folder of seed_N.csv, on the steps that all seeds
-    reached.
+    """Steps (K,) and evaluation returns (seeds, K) of a folder, on the steps that all seeds reached.
 
-    Raises UsageError.
+    Of a run's folder the seeds are one. Raises UsageError.
     """
     files = sorted(folder.glob("seed_*.csv"), key=lambda path: path.name)
-    require(bool(files), f"{folder}: holds no seed_N.csv")
+    files = files or sorted(folder.glob("progress.csv"))
+    require(bool(files), f"{folder}: holds no seed_N.csv, and no progress.csv of a run")
     seeds = []
     for path in files:
         with open(path, newline="") as file:
@@ -53,6 +56,24 @@ def load_curves(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     shortest = min(seeds, key=lambda seed: seed[0, -1])
     steps = shortest[0]
     return steps, np.stack([np.interp(steps, *seed) for seed in seeds])
+
+
+def label(folder: Path) -> str:
+    """A run's own name; of results/AGENT/TASK the agent's."""
+    folder = folder.resolve()
+    return folder.name if (folder / "progress.csv").exists() else folder.parent.name
+
+
+def task(folders: list[Path]) -> str:
+    """The task of all these folders, where it is one."""
+    found = set()
+    for folder in folders:
+        if (folder / "progress.csv").exists():
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                found.add(json.loads((folder / "args.json").read_text())["args"]["env"])
+        else:
+            found.add(folder.resolve().name)
+    return found.pop() if len(found) == 1 else ""
 
 
 def draw(folders: list[Path], labels: list[str], title: str, out: Path) -> None:
@@ -94,10 +115,12 @@ def main() -> int:
             path.parent for path in args.results.glob(f"*/{args.env}/meta.json")
         )
         require(bool(folders), f"--env {args.env}: no agent has results on it in {args.results}")
-        labels = list(args.labels) or [folder.resolve().parent.name for folder in folders]
+        labels = list(args.labels) or [label(folder) for folder in folders]
         require(len(labels) == len(folders), f"--labels: {len(labels)} names for {len(folders)} curves")
-        title = folders[0].resolve().name
-        draw(folders, labels, title, args.out or args.results / f"{title}.png")
+        title, default = args.env or task(folders), Path("curves.png")
+        out = args.out or (args.results / f"{args.env}.png" if args.env else default)
+        draw(folders, labels, title, out)
+        print(f"{out}: {len(folders)} curve{'s' if len(folders) > 1 else ''}")
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

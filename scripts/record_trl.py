@@ -65,8 +65,9 @@ def grpo(
     trainer = base(
         top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level="token",
         args=SimpleNamespace(use_bias_correction_kl=corrected, delta=None, steps_per_generation=1),
-        beta=0.04, epsilon_low=0.2, epsilon_high=0.2, loss_type=loss_type, use_vllm=False, max_completion_length=L,
-        current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False, use_adaptive_entropy=False,
+        beta=0.04, epsilon_low=0.2, epsilon_high=0.2, loss_type=loss_type, use_vllm=False,
+        max_completion_length=L, current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False,
+        use_adaptive_entropy=False,
     )  # fmt: skip
     trainer._get_per_token_logps_and_entropies = lambda *_, **__: (log_prob, torch.zeros_like(log_prob), None)
     ids = torch.zeros(B, L, dtype=torch.int64)

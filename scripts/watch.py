@@ -1,12 +1,17 @@
 """Watch a trained agent, on the screen or as a video.
 
-python scripts/watch.py runs/MY_RUN
-python scripts/watch.py results/ppo/HalfCheetah-v4        the agent of the median seed
-python scripts/watch.py agent.pt --video agent.gif --episodes 1
+    python scripts/watch.py runs/MY_RUN
+    python scripts/watch.py results/ppo/HalfCheetah-v4 --video cheetah.gif
+
+A .gif needs nothing more, an .mp4 the extra `video`: pip install -e '.[video]'. Without a display MuJoCo's
+tasks are drawn by EGL; where that is missing, MUJOCO_GL=osmesa draws them without a graphics card.
 """
 
+import contextlib
+import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,80 +19,193 @@ from typing import Annotated, Any
 import gymnasium as gym
 import numpy as np
 import tyro
-from evaluate import load_agent, make_policy
 
-from zoo.common.cli import require
-from zoo.common.envs import make_envs
+import zoo
+from zoo.common.agent import Agent
+from zoo.common.args import require
+from zoo.common.envs import make_single
 from zoo.common.errors import RunFault, UsageError
+
+FPS = 25  # about that of a video: of a task of more frames a second some are left out
 
 
 @dataclass
 class Args:
     run: Annotated[Path, tyro.conf.Positional]
-    """folder of a finished run or of results, or an agent.pt"""
+    """folder of a finished run or of results/, or an agent.pt"""
     video: Path | None = None
-    """.mp4 or .gif to write, instead of showing it on the screen"""
+    """.gif or .mp4 to write, instead of showing it on the screen"""
+    seconds: float = 10.0
+    """length of the video, at most; 0: all of the episodes"""
     episodes: int = 1
     """episodes to play"""
     seed: int = 0
     """seed of the first episode"""
+    size: int = 320
+    """width and height of the video in pixels, for MuJoCo's tasks (others have a size of their own)"""
 
 
-def open_video(get_writer: Callable, path: Path, fps: int) -> Any:
-    """imageio's writer for the file. Raises RunFault."""
+def follow(env: gym.Env) -> None:
+    """Let the camera of a MuJoCo task keep a body that moves about in the picture, on screen and video.
+
+    Gymnasium's own camera stands still, and what runs is out of the picture after a second.
+    """
+    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+    if renderer is None:
+        return
+    import mujoco
+
+    model = renderer.model
+    joints = model.jnt_type[model.jnt_bodyid == 1]  # of the first body below the world
+    free = mujoco.mjtJoint.mjJNT_FREE in joints or np.sum(joints == mujoco.mjtJoint.mjJNT_SLIDE) >= 2
+    if free:
+        tracking = {"type": int(mujoco.mjtCamera.mjCAMERA_TRACKING), "trackbodyid": 1}
+        renderer.default_cam_config = {"elevation": -20.0, **(renderer.default_cam_config or {}), **tracking}
+        renderer.camera_id = None  # else each picture would set the camera free again
+
+
+def draw_quickly(env: gym.Env, size: int) -> None:
+    """Set the pictures' size of a MuJoCo task, and leave out what takes most of the time without a GPU."""
+    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+    if renderer is None:
+        return
+    renderer.width = renderer.height = size
+    model, buffer = renderer.model, renderer.model.vis.global_
+    buffer.offwidth, buffer.offheight = max(buffer.offwidth, size), max(buffer.offheight, size)
+    model.light_castshadow[:] = 0  # shadows and reflections: six sevenths of it
+    model.mat_reflectance[:] = 0
+
+
+class Player:
+    """Plays the episodes; `returns` are those ended so far, `running` the one that has not ended."""
+
+    def __init__(self, agent: Agent, env: gym.Env):
+        self.agent, self.env = agent, env
+        self.returns: list[float] = []
+        self.running = 0.0
+
+    def steps(self, episodes: int, seed: int) -> Iterator[bool]:
+        """Play; yields before the first step of an episode and after each one, whether it is the last."""
+        for episode in range(episodes):
+            obs, _ = self.env.reset(seed=seed + episode)
+            self.running, ended = 0.0, False
+            yield False
+            while not ended:
+                obs, reward, terminated, truncated, _ = self.env.step(self.agent.policy(obs))
+                self.running, ended = self.running + float(reward), bool(terminated or truncated)
+                if ended:
+                    self.returns.append(self.running)
+                yield ended
+
+    def frames(self, episodes: int, seed: int, every: int) -> Iterator[np.ndarray]:
+        """Play; every so manieth picture (H, W, 3), and that of each episode's end."""
+        for i, ended in enumerate(self.steps(episodes, seed)):
+            if i % every == 0 or ended:
+                yield np.asarray(self.env.render())
+
+
+def write_video(path: Path, frames: Iterator[np.ndarray], fps: float) -> None:
+    """Write the pictures as they come: 1,000 of them together would be 300 MB. Raises OSError, ImportError.
+
+    An unfinished file takes no finished one's place.
+    """
+    unfinished = path.with_name(f".{path.name}")
     try:
-        return get_writer(
-            path, mode="I", **({"fps": fps} if path.suffix == ".mp4" else {"duration": 1000 / fps, "loop": 0})
-        )
-    except ImportError as error:
-        raise RunFault(f"--video {path}: needs pip install 'imageio[ffmpeg]'") from error
-    except (OSError, ValueError) as error:
-        hint = "; an .mp4 needs pip install 'imageio[ffmpeg]'" if path.suffix == ".mp4" else ""
-        raise RunFault(f"--video {path}: {' '.join(str(error).split())[:100]}{hint}") from error
+        if path.suffix == ".gif":
+            from PIL import Image
+
+            # the octree is the quickest of the ways to choose 256 colours
+            images = (Image.fromarray(frame).quantize(method=Image.Quantize.FASTOCTREE) for frame in frames)
+            first = next(images)
+            hundredths = max(2, round(100 / fps))
+            first.save(
+                unfinished, "gif", save_all=True, append_images=images, duration=10 * hundredths, loop=0
+            )
+        else:
+            import imageio.v2 as imageio
+
+            # even sizes are all that H.264 asks for
+            writer: Any = imageio.get_writer(unfinished, format="FFMPEG", fps=fps, macro_block_size=2)
+            with writer:
+                for frame in frames:
+                    writer.append_data(frame)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def check(args: Args) -> None:
+    """Refuse what cannot work, before anything is loaded."""
+    require(args.episodes >= 1, f"--episodes must be at least 1, not {args.episodes}")
+    require(0 <= args.seed < 2**31, f"--seed must lie in [0, 2**31), not {args.seed}")
+    require(args.seconds >= 0, f"--seconds must be at least 0, not {args.seconds:g}")
+    require(16 <= args.size <= 4096, f"--size must lie in [16, 4096], not {args.size}")
+    require(args.size % 2 == 0, f"--size must be even, not {args.size}")
+    shown = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if args.video is None:
+        command = f"MUJOCO_GL=egl python scripts/watch.py {args.run} --video agent.gif"
+        require(bool(shown), f"there is no display here; to write a video instead: {command}")
+        return
+    require(args.video.suffix in (".mp4", ".gif"), f"--video {args.video}: end the name in .mp4 or .gif")
+    require(args.video.parent.is_dir(), f"--video {args.video}: no such folder as {args.video.parent}")
+    if args.video.suffix == ".mp4":
+        try:
+            import imageio_ffmpeg  # noqa: F401
+        except ImportError:
+            raise UsageError(f"--video {args.video}: an .mp4 needs pip install -e '.[video]'") from None
+    if not shown:
+        # MuJoCo would try to open a window first, and SDL complain that it cannot
+        os.environ.setdefault("MUJOCO_GL", "egl")
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
 
 def play(args: Args) -> str:
     """Play the episodes; what to tell at the end. Raises UsageError, RunFault."""
-    require(args.episodes >= 1, f"--episodes must be at least 1, not {args.episodes}")
-    require(0 <= args.seed < 2**31, f"--seed must lie in [0, 2**31), not {args.seed}")
-    if args.video:
-        require(args.video.suffix in (".mp4", ".gif"), f"--video {args.video}: end the name in .mp4 or .gif")
-        require(args.video.parent.is_dir(), f"--video {args.video}: no such folder as {args.video.parent}")
-        try:
-            import imageio.v2 as imageio
-        except ImportError:
-            raise UsageError("--video needs imageio: pip install 'imageio[ffmpeg]'") from None
-    content = load_agent(args.run)
-    envs = make_envs(content["env"], 1)
-    policy = make_policy(content, envs)
+    check(args)
+    agent = zoo.load(args.run)
+    mode = "rgb_array" if args.video else "human"
+    with contextlib.closing(make_single(agent.env)) as plain:
+        modes = plain.metadata.get("render_modes") or []
+        require(mode in modes, f"{agent.env} cannot be drawn: its metadata's render_modes lack {mode!r}")
+    env = make_single(agent.env, render_mode=mode)
+    follow(env)
+    player = Player(agent, env)
     try:
-        env = gym.make(
-            content["env"], render_mode="rgb_array" if args.video else "human", disable_env_checker=True
-        )
-        fps = env.metadata.get("render_fps", 30)
-        total, video = 0.0, open_video(imageio.get_writer, args.video, fps) if args.video else None
-        for episode in range(args.episodes):
-            obs, _ = env.reset(seed=args.seed + episode)
-            ended = False
-            while not ended:
-                action = envs.to_env_action(policy(np.asarray(obs, dtype=envs.dtype).reshape(1, -1)))[0]
-                if not envs.discrete:
-                    action = action.astype(envs.action_dtype).reshape(envs.action_shape)
-                obs, reward, terminated, truncated, _ = env.step(action)
-                total, ended = total + float(reward), terminated or truncated
-                if video:
-                    # written as it goes: 1,000 frames of 480 x 480 are 700 MB
-                    video.append_data(env.render())
-        env.close()
-        if video:
-            video.close()
+        with contextlib.closing(env), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of GLFW, about what is told here in one line
+            if args.video:
+                draw_quickly(env, args.size)
+                rate = env.metadata.get("render_fps") or 30
+                every = max(1, round(rate / FPS))
+                frames: Iterator[Any] = player.frames(args.episodes, args.seed, every)
+                if args.seconds:
+                    most = max(1, round(args.seconds * rate / every))
+                    frames = (frame for frame, _ in zip(frames, range(most), strict=False))
+                write_video(args.video, frames, rate / every)
+            else:
+                for _ in player.steps(args.episodes, args.seed):
+                    pass
     except RunFault:
         raise
-    except Exception as error:  # no display, no OpenGL, a package missing: whatever the renderer raises
-        raise RunFault(f"{content['env']} cannot be rendered here: {' '.join(str(error).split())}") from error
-    return f"mean return {total / args.episodes:.2f} over {args.episodes} episodes" + (
-        f"; {args.video}" if args.video else ""
-    )
+    except OSError as error:
+        raise RunFault(f"--video {args.video}: {error.strerror or error}") from error
+    except Exception as error:  # no OpenGL, a package missing: whatever the renderer raises
+        raise RunFault(_undrawn(agent.env, error)) from error
+    if not player.returns:
+        cut = f"after --seconds {args.seconds:g}"
+        return f"the episode's return is {player.running:.2f} up to here, {cut}; {args.video}"
+    count = len(player.returns)
+    told = f"mean return {np.mean(player.returns):.2f} over {count} episode{'s' if count > 1 else ''}"
+    return f"{told}; {args.video}" if args.video else told
+
+
+def _undrawn(env_id: str, error: Exception) -> str:
+    message = " ".join(str(error).split())[:150]
+    told = f"{env_id} cannot be drawn here: {type(error).__name__}: {message}"
+    if "mujoco" not in sys.modules:
+        return told
+    by = os.environ.get("MUJOCO_GL", "unset")
+    return f"{told}; MUJOCO_GL is {by}: try egl (Debian: libegl1) or osmesa (libosmesa6)"
 
 
 def main() -> int:

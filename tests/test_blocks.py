@@ -113,8 +113,9 @@ def test_agents_import_nothing_from_each_other(agent):
 
 
 @pytest.mark.parametrize(
-    "line", ["import ppo", "from ppo import gae", "import zoo.ppo", "from zoo.ppo import gae", "from zoo import ppo",
-             "from .ppo import gae", "from . import ppo", "def f():\n    from zoo.ppo import gae"],
+    "line",
+    ["import ppo", "from ppo import gae", "import zoo.ppo", "from zoo.ppo import gae", "from zoo import ppo",
+     "from .ppo import gae", "from . import ppo", "def f():\n    from zoo.ppo import gae"],
 )  # fmt: skip
 def test_an_import_of_an_agent_is_caught(tmp_path, line):
     path = tmp_path / "one.py"

@@ -135,6 +135,7 @@ def test_variants_run(arguments, tmp_path):
         (("--online", "8"), "--comparisons 128.*--online"),
         (("--total-steps", "20"), "--total-steps 20.*batch of 32"),
         (("--heads", "3"), "--heads 3.*--dim 8"),
+        (("--num-envs", "4"), "--num-envs 4.*--batch-size"),
         (("--env", "Hopper-v4"), "--env Hopper-v4.*Count, Sort, Add"),
     ],
 )

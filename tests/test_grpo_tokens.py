@@ -113,6 +113,8 @@ def test_the_same_seed_the_same_run_and_a_resumed_one_too(tmp_path):
     run(grpo_tokens, *TINY, "--seed", "2", "--run-dir", str(tmp_path / "other"))
     assert rows(tmp_path / "one") == rows(tmp_path / "two") != rows(tmp_path / "other")
     run(grpo_tokens, *TINY, "--total-steps", "64", "--run-dir", str(tmp_path / "half"))
+    with pytest.raises(UsageError, match=r"--supervised-steps 5.*made with 4"):
+        run(grpo_tokens, "--resume", str(tmp_path / "half"), "--supervised-steps", "5")
     run(grpo_tokens, "--resume", str(tmp_path / "half"), "--total-steps", "128")
     assert torch.equal(policy(tmp_path / "half"), policy(tmp_path / "one"))
 
@@ -160,6 +162,7 @@ def test_compiled_equals_eager(tmp_path):
         (("--level", "process", "--ratio", "response"), "--level process.*--ratio token"),
         (("--beta", "-1"), "--beta.*at least 0"),
         (("--total-steps", "3"), "--total-steps 3.*batch"),
+        (("--num-envs", "4"), "--num-envs 4.*--batch-size"),
     ],
 )
 def test_bad_input_is_refused(arguments, words, tmp_path, monkeypatch):

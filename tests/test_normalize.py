@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from zoo.common.normalize import discounted_sums, new_stats, normalize, update_stats
+from zoo.common.normalize import discounted_sums, new_stats, normalize, return_scale, update_stats
 
 
 @pytest.mark.parametrize("sizes", [(7,), (1, 1, 1), (5, 1, 300, 2), (64, 64, 64)])
@@ -89,3 +89,26 @@ def test_discounted_sums_against_a_loop_and_across_calls():
         )
         parts.append(sums)
     np.testing.assert_allclose(torch.cat(parts), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_observations_far_from_zero_are_told_apart_in_float64():
+    obs = 1e8 + torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    seen = normalize(obs, update_stats(new_stats(1), obs))
+    assert seen.dtype == torch.float32
+    torch.testing.assert_close(seen, torch.tensor([[-1.0], [1.0]]))
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_return_scale_is_the_standard_deviation(size):
+    sums = size * np.random.default_rng(3).normal(2.0, 1.0, 500)
+    scale = return_scale(update_stats(new_stats(), torch.from_numpy(sums)))
+    assert scale.dtype == torch.float32 and scale.item() == pytest.approx(sums.std(), rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, -1e4])
+def test_returns_that_are_all_equal_have_no_scale(value):
+    """They are left as they are, even where rounding makes some of them differ in the last place."""
+    assert return_scale(new_stats()) == 1.0
+    sums = torch.full((64,), value, dtype=torch.float32)
+    stats = update_stats(update_stats(new_stats(), sums), sums.double() * (1 + 1e-9))
+    assert return_scale(stats) == 1.0

@@ -51,6 +51,29 @@ def test_a_picture_of_all_agents_of_a_task(tmp_path, command):
     assert (tmp_path / "Task-v0.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_runs_of_a_task(tmp_path, monkeypatch, capsys):
+    for run in ("first", "second"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "progress.csv").write_text("step,loss,eval_return\n100,1,\n200,1,5.0\n300,1,7.0\n")
+        (tmp_path / run / "args.json").write_text('{"agent": "ppo", "args": {"env": "Task-v0"}}')
+    folders = [tmp_path / "first", tmp_path / "second"]
+    assert [plot.label(folder) for folder in folders] == ["first", "second"]
+    assert plot.task(folders) == "Task-v0" and plot.task([*folders, tmp_path / "Other-v0"]) == ""
+    steps, returns = plot.load_curves(folders[0])
+    assert steps.tolist() == [200, 300] and returns.tolist() == [[5.0, 7.0]]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plot.py", "first", "second"])
+    assert plot.main() == 0
+    assert capsys.readouterr().out == "curves.png: 2 curves\n"
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_label_of_results_is_the_agent(tmp_path):
+    write_seed(tmp_path / "ppo" / "Task-v0", 1, [(100, 1.0)])
+    folder = tmp_path / "ppo" / "Task-v0"
+    assert (plot.label(folder), plot.task([folder])) == ("ppo", "Task-v0")
+
+
 def test_bad_input_gets_one_line_and_status_2(tmp_path, command):
     write_seed(tmp_path / "a", 1, [(100, 1.0)])
     for arguments, reason in (

@@ -318,6 +318,7 @@ def test_variants_run(arguments, tmp_path):
         (("--answers", "1"), "--answers.*at least 2"),
         (("--num-minibatches", "3"), "--num-minibatches 3.*--batch-size 32"),
         (("--heads", "3"), "--heads 3.*--dim 8"),
+        (("--num-envs", "4"), "--num-envs 4.*--batch-size"),
         (("--env", "Count", "--other", "0.5"), "--other 0.5.*Sort"),
         (("--temperature", "0"), "--temperature.*greater than 0"),
         (("--total-steps", "10"), "--total-steps 10.*batch"),

@@ -25,8 +25,8 @@ from zoo.common.device import _Compiled, flatten
 from zoo.common.envs import make_envs
 from zoo.common.errors import RunFault
 from zoo.common.files import load_checkpoint
+from zoo.common.process import Process
 from zoo.common.replay import ReplayBuffer
-from zoo.common.run import Run
 from zoo.sac import (
     Actor,
     Args,
@@ -183,9 +183,9 @@ def test_the_twin_critic_is_two_networks():
 # --- what train hands to the update, and what the update makes of it ----------------------------------------
 
 SMALL = dict(
-    num_envs=4, total_steps=400, random_steps=80, batch_size=32, buffer_size=1000, learning_rate=3e-3, hidden=(16,),
-    critic_learning_rate=3e-3, gamma=0.9, tau=0.05, eval_every=0, report_every=100, device="cpu", compile=False, progress=False,
-    env_threads=1,
+    num_envs=4, total_steps=400, random_steps=80, batch_size=32, buffer_size=1000, learning_rate=3e-3,
+    hidden=(16,), critic_learning_rate=3e-3, gamma=0.9, tau=0.05, eval_every=0, report_every=100,
+    device="cpu", compile=False, progress=False, env_threads=1,
 )  # fmt: skip
 
 
@@ -203,25 +203,43 @@ def rows(folder):
 
 @pytest.fixture
 def spy(monkeypatch):
-    """The arguments and results of the calls of the functions that train hands to compile_function, by
-    name."""
-    calls = {}
+    """What a run's functions were given and returned.
 
-    def record(function, device, enabled):
-        mine = calls.setdefault(function.__name__, [])
+    updates: [((learner, batch, noise), (learner, metrics))]; target_entropies: one an update; policies: for
+    each policy made, in order, [(observations, distribution)]; actions: what the environments were given.
+    """
+    seen = SimpleNamespace(updates=[], target_entropies=[], policies=[], actions=[])
+    update, policy_at, add = sac.update, sac.policy_at, ReplayBuffer.add
 
-        def call(*args):
-            mine.append((args, function(*args)))
-            return mine[-1][1]
+    def noted_update(nets, args, target_entropy, *given):
+        seen.target_entropies.append(target_entropy)
+        seen.updates.append((given, update(nets, args, target_entropy, *given)))
+        return seen.updates[-1][1]
 
-        return call
+    def noted_policy_at(net):
+        policy, calls = policy_at(net), []
+        seen.policies.append(calls)
 
-    monkeypatch.setattr(sac, "compile_function", record)
-    return calls
+        def noted(obs):
+            calls.append((obs.copy(), policy(obs)))
+            return calls[-1][1]
+
+        return noted
+
+    def noted_add(buffer, obs, action, step):
+        seen.actions.append(action.clone())
+        add(buffer, obs, action, step)
+
+    monkeypatch.setattr(sac, "update", noted_update)
+    monkeypatch.setattr(sac, "policy_at", noted_policy_at)
+    monkeypatch.setattr(ReplayBuffer, "add", noted_add)
+    return seen
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, dict(alpha=0.3), dict(target_entropy=0.5), dict(value_network=True), dict(value_network=True, alpha=0.3)],
+    "changes",
+    [{}, dict(alpha=0.3), dict(target_entropy=0.5), dict(value_network=True),
+     dict(value_network=True, alpha=0.3)],
     ids=lambda changes: ",".join(changes) or "defaults",
 )  # fmt: skip
 def test_updates_equal_torchs_own_parts(tmp_path, spy, changes):
@@ -231,7 +249,7 @@ def test_updates_equal_torchs_own_parts(tmp_path, spy, changes):
         tmp_path, "Pendulum-v1", total_steps=92, learning_rate=1e-3, critic_learning_rate=3e-3, **changes
     )
     sac.train(args)
-    updates = spy["update"]
+    updates = spy.updates
     assert len(updates) == 12
     envs = make_envs("Pendulum-v1", 1)
     start = updates[0][0][0]
@@ -313,41 +331,38 @@ def test_updates_equal_torchs_own_parts(tmp_path, spy, changes):
     assert (log_alpha.item() == pytest.approx(np.log(args.alpha or 1.0))) == (args.alpha is not None)
 
 
-def test_random_actions_come_first_and_are_held(tmp_path, spy, monkeypatch):
-    actions, step = [], sac.VectorEnv.step
-
-    def recorded(envs, action):
-        actions.append(action.copy())
-        return step(envs, action)
-
-    monkeypatch.setattr(sac.VectorEnv, "step", recorded)
-    monkeypatch.setattr(sac.Run, "_evaluation", lambda run, policy: {"eval_return": 0.0, "eval_std": 0.0})
+def test_random_actions_come_first_and_are_held(tmp_path, spy):
     sac.train(small(tmp_path, "Pendulum-v1", total_steps=100, random_steps=80, random_hold=5))
-    assert len(actions) == 25 and len(spy["act"]) == 5
-    assert all(np.array_equal(actions[i], actions[i - i % 5]) for i in range(20))
-    firsts = np.stack(actions[:20:5]).ravel()
-    assert (
-        len(set(firsts.tolist())) == 16
-        and firsts.min() < -0.5
-        and firsts.max() > 0.5
-        and abs(firsts).max() <= 1
-    )
+    actions = spy.actions
+    assert len(actions) == 25 and len(spy.policies[0]) == 5
+    assert all(torch.equal(actions[i], actions[i - i % 5]) for i in range(20))
+    firsts = torch.stack(actions[:20:5]).flatten()
+    assert len(set(firsts.tolist())) == 16 and firsts.min() < -0.5 and firsts.max() > 0.5
+    assert firsts.abs().max() <= 1
 
 
-@pytest.mark.parametrize(("rate", "count"), [(1.0, 100), (0.5, 50), (0.3, 30), (2.5, 250)])
+def test_exploration_has_nothing_in_common_with_the_networks(tmp_path, spy):
+    """Both are uniform numbers: of one stream, the first actions would be the actor's first weights."""
+    sac.train(small(tmp_path, "Pendulum-v1", total_steps=484, random_steps=400))
+    explored = torch.stack(spy.actions[:100]).flatten()
+    learner = spy.updates[0][0][0]
+    for name in ("actor", "critic"):
+        for first in range(len(explored) - 48):  # wherever in the stream the networks' numbers begin
+            weights = learner[name][:48]
+            together = torch.corrcoef(torch.stack((weights, explored[first : first + 48])))[0, 1]
+            assert together.abs() < 0.7, (name, first)
+
+
+@pytest.mark.parametrize(("rate", "count"), [(1.0, 104), (0.5, 52), (0.3, 31), (2.5, 260)])
 def test_updates_are_counted_by_environment_steps(tmp_path, spy, rate, count):
-    sac.train(
-        small(
-            tmp_path,
-            "probe/EndlessBox-v0",
-            total_steps=183,
-            random_steps=80,
-            updates_per_step=rate,
-            report_every=30,
-        )
-    )
+    """The last iteration is whole: 184 steps, not the 183 asked for."""
+    sac.train(small(
+        tmp_path, "probe/EndlessBox-v0", total_steps=183, random_steps=80, updates_per_step=rate,
+        report_every=30,
+    ))  # fmt: skip
     table = rows(tmp_path)
-    assert len(spy["update"]) == count and [int(row["step"]) for row in table] == [32, 64, 96, 128, 160, 180]
+    assert len(spy.updates) == count == int(rate * 184) - int(rate * 80)
+    assert [int(row["step"]) for row in table] == [32, 64, 96, 128, 160, 184]
     assert not table[1]["qf_loss"] and table[2]["qf_loss"]
     assert all(float(row["train_return"]) == float(row["train_length"]) == 5 for row in table)
 
@@ -387,7 +402,8 @@ def test_probe_time_limit_is_no_end_of_the_world(tmp_path, value_network):
     A forgotten entropy makes Q = 5, a forgotten alpha 7.8, a truncation taken for a termination at most 4.6.
     """
     q, _ = learnt(small(
-        tmp_path, "probe/EndlessBox-v0", alpha=0.5, value_network=value_network, total_steps=800, tau=0.1, gamma=0.8, **FAST
+        tmp_path, "probe/EndlessBox-v0", alpha=0.5,
+        value_network=value_network, total_steps=800, tau=0.1, gamma=0.8, **FAST
     ))  # fmt: skip
     assert q(0) == pytest.approx([1 + 0.8 * (1 + 0.5 * np.log(2)) / (1 - 0.8)], abs=0.4)
 
@@ -396,7 +412,8 @@ def test_probe_time_limit_is_no_end_of_the_world(tmp_path, value_network):
 def test_probe_termination_ends_the_future(tmp_path, value_network):
     """Two steps, reward 1 at the end: Q(1) = 1, Q(0) = gamma (1 + alpha log 2)."""
     q, _ = learnt(small(
-        tmp_path, "probe/DiscountBox-v0", alpha=0.2, value_network=value_network, total_steps=800, gamma=0.7, tau=0.1, **FAST
+        tmp_path, "probe/DiscountBox-v0", alpha=0.2,
+        value_network=value_network, total_steps=800, gamma=0.7, tau=0.1, **FAST
     ))  # fmt: skip
     assert q(0, 1) == pytest.approx([0.7 * (1 + 0.2 * np.log(2)), 1.0], abs=0.05)
 
@@ -406,7 +423,8 @@ def test_probe_termination_ends_the_future(tmp_path, value_network):
 def test_probe_acting_on_the_observation_in_a_box(tmp_path, value_network, alpha):
     """Bounds [2, 6], best action 4 + o."""
     _, act = learnt(small(
-        tmp_path, "probe/ActOnObsBox-v0", alpha=alpha, value_network=value_network, total_steps=1000, hidden=(32,), **FAST
+        tmp_path, "probe/ActOnObsBox-v0", alpha=alpha,
+        value_network=value_network, total_steps=1000, hidden=(32,), **FAST
     ))  # fmt: skip
     assert act(-1, 1) == pytest.approx([3.0, 5.0], abs=0.3)
 
@@ -479,7 +497,7 @@ def test_the_same_seed_gives_the_same_table(tmp_path):
     tables = []
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
         torch.manual_seed(99)  # nothing of the process's own generators may matter
-        np.random.seed(len(tables))
+        np.random.seed(len(tables))  # noqa: NPY002
         sac.train(
             small(tmp_path / name, "Pendulum-v1", seed=seed, total_steps=200, eval_every=100, eval_episodes=2)
         )
@@ -489,10 +507,10 @@ def test_the_same_seed_gives_the_same_table(tmp_path):
 
 
 def test_a_stopped_run_resumed_goes_on(tmp_path, monkeypatch, spy):
-    """Networks, optimisers, buffer and generator are the checkpoint's; episodes start anew, and none is
-    joined."""
+    """Networks, optimisers, buffer and generator are the checkpoint's; episodes start anew, from other
+    starts, and none is joined."""
     whole = small(tmp_path / "run", "Pendulum-v1", checkpoint_every=1e-9, total_steps=400)
-    report, seen = sac.Run.report, []
+    report = sac.Run.report
 
     def failing(run, step, *rest):
         report(run, step, *rest)
@@ -500,37 +518,34 @@ def test_a_stopped_run_resumed_goes_on(tmp_path, monkeypatch, spy):
             raise RunFault("power cut")
 
     monkeypatch.setattr(sac.Run, "report", failing)
-    with pytest.raises(RunFault, match="power cut"):
-        sac.train(whole)
-    Run.latest.close()  # as main does
-    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pt", "--resume", "sac")
-    assert saved["step"] == 200 and saved["state"]["buffer"]["size"] == 50
-    stopped = len(spy["update"])
-    last = spy["update"][-1][1][0]
-
-    add = ReplayBuffer.add
+    add, seen = ReplayBuffer.add, []
 
     def watched(buffer, obs, action, step):
-        if not seen:
-            seen.append(
-                (buffer.size, buffer.endings[1], buffer.obs[50].clone(), buffer.final_obs[:4].clone())
-            )
+        finals = buffer.final_obs[:4].clone()
+        seen.append((obs.copy(), buffer.size, buffer.endings[1], buffer.obs[buffer.size].clone(), finals))
         add(buffer, obs, action, step)
 
     monkeypatch.setattr(ReplayBuffer, "add", watched)
-    sac.train(replace(whole, run_dir=None, resume=whole.run_dir))
-    resumed = spy["update"][stopped][0][0]
+    with pytest.raises(RunFault, match="power cut"), Process():  # which closes the run, as in main
+        sac.train(whole)
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pt", "--resume", "sac")
+    assert saved["step"] == 200 and saved["state"]["buffer"]["size"] == 50
+    stopped = len(spy.updates)
+    last = spy.updates[-1][1][0]
+    sac.train(replace(whole, run_dir=None, resume=whole.run_dir, target_entropy=-3.0))
+    resumed = spy.updates[stopped][0][0]
     torch.testing.assert_close(resumed, last, rtol=0, atol=0)
     generator = torch.Generator()
     generator.set_state(saved["state"]["generator"])
-    assert torch.equal(spy["act"][-50][0][2], torch.randn(4, 1, generator=generator))
-    size, endings, newest, finals = seen[0]
+    obs, dist = spy.policies[1][0]
+    assert torch.equal(spy.actions[50], dist.sample(torch.randn(4, 1, generator=generator))[0])
+    starts, (others, size, endings, newest, finals) = seen[0][0], seen[50]
     assert (size, endings) == (50, 4) and torch.equal(newest, finals)
+    assert np.array_equal(others, obs)
+    assert not set(starts.flatten().tolist()) & set(others.flatten().tolist())
     assert [int(row["step"]) for row in rows(tmp_path / "run")] == [100, 200, 300, 400]
-    # a temperature given at resume holds
-    stopped = len(spy["update"])
-    sac.train(replace(whole, run_dir=None, resume=whole.run_dir, total_steps=500, alpha=0.3))
-    assert spy["update"][stopped][0][0]["log_alpha"].exp().item() == pytest.approx(0.3)
+    # what the state does not hold can be given anew
+    assert set(spy.target_entropies[:stopped]) == {-1.0} and set(spy.target_entropies[stopped:]) == {-3.0}
 
 
 @pytest.fixture
@@ -553,7 +568,10 @@ def command_line(monkeypatch, capsys):
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("argv", [("--num-envs", 2), ("--buffer-size", 500), ("--value-network",)])
+@pytest.mark.parametrize(
+    "argv",
+    [("--num-envs", 2), ("--buffer-size", 500), ("--value-network",), ("--hidden", 8), ("--alpha", 0.3)],
+)
 def test_a_resumed_run_keeps_its_networks_and_buffer(tmp_path, command_line, argv):
     folder = tmp_path / "run"
     sac.train(small(folder, "probe/ActBox-v0", eval_episodes=1, total_steps=100))
@@ -585,7 +603,7 @@ def test_pendulum_is_learnt(tmp_path, command_line):
         (["--random-hold", 0], ["--random-hold", "at least 1", "0"]),
         (["--random-steps", -1], ["--random-steps", "at least 0", "-1"]),
         (["--buffer-size", 3, "--num-envs", 4], ["--buffer-size 3", "--num-envs 4"]),
-        (["--total-steps", 3, "--num-envs", 4], ["--total-steps 3", "--num-envs 4"]),
+        (["--total-steps", 0], ["--total-steps", "at least 1", "0"]),
         (["--total-steps", 40, "--random-steps", 40], ["--random-steps 40", "--total-steps 40"]),
         (["--target-entropy", "nan"], ["--target-entropy", "finite", "nan"]),
         (["--buffer-size", 10**14], ["--buffer-size", "memory"]),
@@ -593,6 +611,7 @@ def test_pendulum_is_learnt(tmp_path, command_line):
         (["--bf16"], ["--bf16", "neither AMX nor AVX512-BF16", "--no-bf16"]),
         (["--alpha", 0.2, "--target-entropy", -1], ["--target-entropy", "fixed --alpha"]),
         (["--alpha", 0], ["--alpha", "greater than 0", "0"]),
+        (["--updates-per-step", 0.02], ["--updates-per-step 0.02", "no update", "--total-steps 40"]),
         (["--updates-per-step", 0], ["--updates-per-step", "greater than 0", "0"]),
         (["--tau", 1.5], ["--tau", "[0, 1]", "1.5"]),
         (["--gamma", -0.1], ["--gamma", "[0, 1]", "-0.1"]),
@@ -611,8 +630,8 @@ def test_arguments_that_cannot_work(tmp_path, command_line, monkeypatch, argv, w
 
 def test_a_diverging_run_stops_and_names_what_became_infinite(tmp_path, command_line):
     status, _, lines = command_line(
-        "--env", "probe/ActBox-v0", "--critic-learning-rate", 1e30, "--random-steps", 8, "--hidden", 8, "--report-every", 40,
-        "--no-compile", "--run-dir", tmp_path,
+        "--env", "probe/ActBox-v0", "--critic-learning-rate", 1e30, "--random-steps", 8, "--hidden", 8,
+        "--report-every", 4, "--no-compile", "--run-dir", tmp_path,
     )  # fmt: skip
-    assert status == 1 and re.match(r"error: .*(became|non-finite)", lines[0]), lines
+    assert status == 1 and re.match(r"error: \w+ became (nan|inf|-inf) in the iteration", lines[1]), lines
     assert not (tmp_path / "agent.pt").exists()

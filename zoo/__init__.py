@@ -1,1 +1,26 @@
-"""A zoo of single-file reinforcement-learning agents; see README.md."""
+"""A zoo of single-file reinforcement-learning agents; see README.md.
+
+agent = zoo.load("runs/MY_RUN")
+action = agent.policy(obs)      obs as Gymnasium's environment gave it, the action as its step takes it
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from zoo.common.agent import Agent
+
+__all__ = ["load"]
+
+
+def load(path: str | os.PathLike[str], env: str | None = None) -> "Agent":
+    """The trained agent of a run's folder, of a folder of results/ or of an agent.pt. Executes no code of it.
+
+    env: another task to act in, with the same observations and actions.
+    Raises UsageError: no agent there, of another version of the zoo, or one that does not fit the task.
+    """
+    from zoo.common.agent import (
+        load_agent,
+    )  # takes a second, which those who import one agent's file are spared
+
+    return load_agent(path, env)

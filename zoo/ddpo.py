@@ -26,7 +26,7 @@ computed, not sampled.
 
     python zoo/ddpo.py                          two mixtures on a line: within 0.04 of the best J in 30 s
     python zoo/ddpo.py --kl loss                the same with (29): ends ten times as far from the tilt
-    python zoo/ddpo.py --env ring --kl none     all mass ends on one of two equal modes
+    python zoo/ddpo.py --env ring --kl none     most mass ends on one of two equal modes
     python zoo/ddpo.py --env digits             8 x 8 digits, wanted: threes (needs the extra `digits`)
 """
 
@@ -84,7 +84,7 @@ class Args(RunArgs):
 SETTINGS: dict[str, dict] = {
     "ring": dict(beta=0.2, total_steps=307_200, eval_every=61_440, learning_rate=4e-3),
     "digits": dict(
-        beta=0.8, predict="v", steps=10, min_sigma=0.1, hidden=(256, 256), num_chains=1024,
+        beta=0.2, predict="v", steps=10, min_sigma=0.1, hidden=(256, 256), num_chains=1024,
         learning_rate=5e-4, pretrain_rate=2e-3, pretrain_steps=3000,
     ),
 }  # fmt: skip

@@ -20,7 +20,7 @@ labels is taken for wrong), --length-norm (R a token), --reference-free (R = bet
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ from zoo.common.tokens import Task, make_task, measure, rank
 
 @dataclass
 class Args(RunArgs):
+    kept: ClassVar = (*RunArgs.kept, "digits", "dim", "layers", "heads", "supervised_steps", "other")
+
     env: str = "Sort"  # the task: Count, Sort or Add
     digits: int | None = None  # of Sort's and Add's numbers; None: 8 and 3
     total_steps: int = 120_000  # comparisons visited: total_steps / comparisons times each
@@ -349,6 +351,9 @@ def check(args: Args) -> None:
             "learning_rate",
             "max_grad_norm",
         ),
+    )
+    require(
+        args.num_envs == 1, f"--num-envs {args.num_envs}: tasks of tokens have none; --batch-size is meant"
     )
     require(
         0 < args.beta < float("inf"),

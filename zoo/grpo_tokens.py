@@ -26,7 +26,7 @@ The defaults are those whose fixed point is the optimum. GRPO as in its paper:
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,8 @@ from zoo.common.tokens import Task, make_task, measure
 
 @dataclass
 class Args(RunArgs):
+    kept: ClassVar = (*RunArgs.kept, "digits", "dim", "layers", "heads", "supervised_steps", "other")
+
     env: str = "Sort"  # the task: Count, Sort or Add
     digits: int | None = None  # of Sort's and Add's numbers; None: 8 and 3
     total_steps: int = 51_200  # responses
@@ -375,6 +377,9 @@ def check(args: Args) -> None:
         at_least_1=("dim", "layers", "heads", "batch_size", "group_size", "num_epochs", "num_minibatches"),
         fractions=("other",),
         positive=("supervised_learning_rate", "reference_scale", "learning_rate", "clip", "max_grad_norm"),
+    )
+    require(
+        args.num_envs == 1, f"--num-envs {args.num_envs}: tasks of tokens have none; --batch-size is meant"
     )
     require(0 <= args.beta < float("inf"), f"--beta must be at least 0 and finite, not {args.beta:g}")
     require(args.supervised_steps >= 0, f"--supervised-steps must be at least 0, not {args.supervised_steps}")

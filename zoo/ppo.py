@@ -5,11 +5,12 @@ epochs of minibatch steps on a surrogate that is only trusted near pi_old. With 
 pi_old(a_t|s_t):
 
     clip         L = E[ min( r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t ) ]
-    kl           L = E[ r_t A_t ] - beta E[ KL(pi_old || pi) ]   adaptive-kl: beta follows a target (section 4)
+    kl           L = E[ r_t A_t ] - beta E[ KL(pi_old || pi) ]   adaptive-kl: beta follows a target, section 4
     unclipped    L = E[ r_t A_t ]                                trusts r_t anywhere: watch approx_kl
 
-    delta_t = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)       s_{t+1} the true successor, at a time limit too
-    A_t     = delta_t + gamma lambda (1 - ended_t) A_{t+1}             ended = terminated or truncated
+    delta_t = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t)    s_{t+1} the true successor, even where a
+                                                                    time limit ended the episode
+    A_t     = delta_t + gamma lambda (1 - ended_t) A_{t+1}          ended = terminated or truncated
     V's target R_t = A_t + V(s_t), from the raw advantage, never the normalised one
     loss    = -L + c1 E[(V(s_t) - R_t)^2] - c2 E[H(pi(.|s_t))]
 
@@ -304,7 +305,8 @@ def improve(
     """A step for each minibatch of the rows in this order, (B,) or longer; metrics are their means."""
 
     def step(carry, minibatch):
-        params, opt, metrics = update(*carry, minibatch, learning_rate, kl_coef, forward, args)
+        params, opt = carry
+        params, opt, metrics = update(params, opt, minibatch, learning_rate, kl_coef, forward, args)
         return (params, opt), metrics
 
     minibatches = Batch(*(column[order].unflatten(0, (-1, args.minibatch_size)) for column in batch))
@@ -491,13 +493,14 @@ def train(args: Args) -> float:
             )
             load(params)
             epochs.append(metrics)
-            stopping = args.target_kl is not None and args.surrogate != "adaptive-kl"
-            if stopping and approx_kl(net, batch) > args.target_kl:
+            limit = None if args.surrogate == "adaptive-kl" else args.target_kl
+            if limit is not None and approx_kl(net, batch) > limit:
                 break
         kl = approx_kl(net, batch)
         if args.surrogate == "adaptive-kl":
             kl_coef = adapt_kl_coef(kl_coef, kl, args.target_kl or 0.01)
 
+        log: dict[str, float | Tensor]
         log = {name: torch.stack([metrics[name] for metrics in epochs]).mean() for name in metrics}
         log |= {"approx_kl": kl, "explained_variance": explained_variance, "kl_coef": kl_coef}
         log |= {"epochs": len(epochs) * at_once, "learning_rate": learning_rate}

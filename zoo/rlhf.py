@@ -28,7 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ from zoo.common.tokens import Task, make_task, measure, rank
 
 @dataclass
 class Args(RunArgs):
+    kept: ClassVar = (*RunArgs.kept, "stage", "digits", "dim", "layers", "heads", "ensemble")
+
     env: str = "Sort"  # the task: Count, Sort or Add
     digits: int | None = None  # of Sort's and Add's numbers; None: 8 and 3
     total_steps: int = 51_200  # responses of the ppo stage
@@ -597,6 +599,9 @@ def check(args: Args) -> None:
         ),
         finite=("value_coef",),
     )  # fmt: skip
+    require(
+        args.num_envs == 1, f"--num-envs {args.num_envs}: tasks of tokens have none; --batch-size is meant"
+    )
     require(0 <= args.kl_coef < float("inf"), f"--beta must be at least 0 and finite, not {args.beta}")
     require(0 <= args.ptx < float("inf"), f"--ptx must be at least 0 and finite, not {args.ptx}")
     require(args.supervised_steps >= 0, f"--supervised-steps must be at least 0, not {args.supervised_steps}")

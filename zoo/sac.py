@@ -212,8 +212,8 @@ class Networks(NamedTuple):
     v: Callable[[Tensor, Tensor], Tensor]  # params, obs
 
 
-def descend(learner: Learner, name: str, gradient: Tensor, learning_rate: float) -> Learner:
-    """The learner after a step of Adam on learner[name]."""
+def descend(learner: Learner, name: str, gradient: Tensor, learning_rate: Any) -> Learner:
+    """The learner after a step of Adam on learner[name]; learning_rate is a number or a tensor ()."""
     params, opt = adam(learner[name], gradient, learner[f"{name}_opt"], learning_rate, eps=1e-8)
     return learner | {name: params, f"{name}_opt": opt}
 

@@ -157,16 +157,11 @@ def visited_loss(theta, advantage):
     rows = exact.ALIVE.T.flatten()  # an episode after the other
     chance = exact.chances(OLD)[:, None].expand(-1, exact.HORIZON).flatten()[rows]
     state, action, psi = (x.T.flatten()[rows] for x in (exact.STATE, exact.ACTION, advantage))
-    batch = actor_critic.Transitions(
-        state[:, None], action[:, None], exact.policy(OLD, state).log_prob(action)[:, None], *[None] * 4
-    )
-    args = SimpleNamespace(value_coef=0.0, entropy_coef=0.0)
-    scale = (chance * len(chance))[:, None]
     zeros = torch.zeros(len(chance), dtype=F64)
-    loss = actor_critic.actor_critic_loss(
-        theta, batch, scale * psi[:, None], zeros, lambda x, obs: (exact.policy(x, obs), zeros), args
-    )
-    return loss[0]
+    log_prob = exact.policy(OLD, state).log_prob(action)
+    batch = actor_critic.Transitions(state, action, log_prob, chance * len(chance) * psi, zeros)
+    args = SimpleNamespace(value_coef=0.0, entropy_coef=0.0)
+    return actor_critic.actor_critic_loss(theta, batch, lambda x, obs: (exact.policy(x, obs), zeros), args)[0]
 
 
 def test_22_the_old_policys_states_and_advantages_bias():

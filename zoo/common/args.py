@@ -1,9 +1,11 @@
 """The arguments that every agent takes, and the checks that refuse in one line what cannot work."""
 
 import math
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from zoo.common.errors import UsageError
 
@@ -48,6 +50,38 @@ class RunArgs:
     """its project"""
     progress: bool = True
     """show a progress bar (on a terminal only)"""
+
+    @classmethod
+    def for_env(cls, env: str, **given: Any) -> Self:
+        """The arguments as the command line would have them: those given, else the task's, else the agent's.
+
+        The task's are in the table SETTINGS of the agent's file, see `settings_for`.
+        """
+        table = settings(cls)
+        return cls(**{"env": env, **settings_for(env, lambda task: table.get(task, {})), **given})
+
+
+def settings(args_class: type[RunArgs]) -> dict[str, dict]:
+    """The table SETTINGS of the file that the class is in: fields whose defaults differ by task."""
+    return getattr(sys.modules[args_class.__module__], "SETTINGS", {})
+
+
+def settings_for(env: str, lookup: Callable[[str], dict]) -> dict:
+    """A task's settings, {} where there are none. Versions of one task share theirs.
+
+    lookup: from a task's id to its settings, {} where it has none of its own. Hopper-v5 then takes those of
+    the nearest version that has some, the older of two, and a line on stderr says so.
+    """
+    version = re.fullmatch(r"(.+-v)(\d{1,3})", env)
+    if (own := lookup(env)) or version is None:
+        return own
+    number = int(version[2])
+    for other in sorted(range(number + 10), key=lambda other: (abs(other - number), other)):
+        task = f"{version[1]}{other}"
+        if others := lookup(task):
+            print(f"{env} has no settings of its own: those of {task} are taken", file=sys.stderr, flush=True)
+            return others
+    return {}
 
 
 # How --help groups the arguments; what is named here by neither is the algorithm's.

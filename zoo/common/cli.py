@@ -4,8 +4,10 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import re
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -21,7 +23,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from zoo.common.args import PLUMBING, TASK, RunArgs, check_args, require
+from zoo.common.args import PLUMBING, TASK, RunArgs, check_args, require, settings, settings_for
 from zoo.common.errors import Interrupted, RunFault, UsageError
 from zoo.common.files import load_checkpoint
 from zoo.common.process import Process
@@ -53,14 +55,27 @@ def parse(args_class: type[Args], defaults_for: Callable[[str], dict], argv: Seq
             )
         known |= {"run_dir": None, "resume": None}
     else:
-        known = defaults_for(given.env or args_class().env)
-    about = (sys.modules[args_class.__module__].__doc__ or "").split("\n\n")[0]  # of the agent's file
+        known = settings_for(given.env or args_class().env, defaults_for)
     default = dataclasses.replace(args_class(), **known)
     with registry(args_class):
         return tyro.cli(
-            args_class, args=list(argv), default=default, description=about,
+            args_class, args=list(argv), default=default, description=_about(args_class, given.env),
             config=(tyro.conf.OmitArgPrefixes,),  # the groups' names are titles, no part of a flag
         )  # fmt: skip
+
+
+def _about(args_class: type[RunArgs], env: str | None) -> str:
+    """What --help says above the arguments: of the agent's file, and of its tasks."""
+    doc = sys.modules[args_class.__module__].__doc__ or ""
+    parts = [doc.split("\n\n")[0]]
+    if examples := re.findall(r"^    (python .*)", doc, re.MULTILINE):
+        parts.append("\n".join(["Examples:", *(f"    {line}" for line in examples)]))
+    if tasks := settings(args_class):
+        parts.append(textwrap.fill(f"Tasks with settings of their own: {', '.join(tasks)}.", 80))
+    shown = (
+        f"The defaults below are those of {env}." if env else "--env X --help shows the defaults for task X."
+    )
+    return "\n\n".join([*parts, shown])
 
 
 def registry(args_class: type[RunArgs]) -> ConstructorRegistry:

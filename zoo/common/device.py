@@ -68,7 +68,11 @@ def loader(module: nn.Module) -> Callable[[Tensor], None]:
     module.requires_grad_(False)
     home = torch.cat([p.detach().reshape(-1) for p in module.parameters()])
     nn.utils.vector_to_parameters(home, module.parameters())  # views of it, so that one copy fills them all
-    return home.copy_
+
+    def load(vector: Tensor) -> None:
+        home.copy_(vector)
+
+    return load
 
 
 def scan(step: Callable, carry: Any, rows: Any) -> tuple[Any, Any]:

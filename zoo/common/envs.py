@@ -7,6 +7,8 @@ tasks (mujoco_engine.py) and its classic control tasks (classic_engine.py) stepp
 import contextlib
 import difflib
 import importlib
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -139,11 +141,15 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def _entry_point(env_id: str) -> str:
+    return str(getattr(gym.registry.get(env_id), "entry_point", ""))
+
+
 @contextlib.contextmanager
 def _without_deprecations(env_id: str) -> Iterator[None]:
     """Making a v4 task warns that there is a v5, and MuJoCo of an XML attribute in Gymnasium's own files."""
     mujoco: Any = None
-    if "envs.mujoco" in str(getattr(gym.registry.get(env_id), "entry_point", "")):  # importing it takes 0.2 s
+    if "envs.mujoco" in _entry_point(env_id):  # importing it takes 0.2 s
         with contextlib.suppress(ImportError):
             mujoco = importlib.import_module("mujoco")
     handler = mujoco and mujoco.get_mju_user_warning()
@@ -158,21 +164,43 @@ def _without_deprecations(env_id: str) -> Iterator[None]:
                 mujoco.set_mju_user_warning(handler)
 
 
-def make_single(env_id: str) -> gym.Env:
-    """One Gymnasium environment, or a UsageError with the nearest ids where there is none of that name."""
+def make_single(env_id: str, **options: Any) -> gym.Env:
+    """One Gymnasium environment, or a UsageError with the nearest ids where there is none of that name.
+
+    options: of its constructor, such as render_mode.
+    """
     try:
         with _without_deprecations(env_id):
             # The passive checker warns on every step of every copy; what it looks at is checked here as well.
-            return gym.make(env_id, disable_env_checker=True)
+            return gym.make(env_id, disable_env_checker=True, **options)
     except gym.error.DependencyNotInstalled as error:
-        raise UsageError(f"--env {env_id} needs a package that is missing: {error}") from error
-    except (gym.error.UnregisteredEnv, gym.error.Error, ModuleNotFoundError) as error:
-        near = difflib.get_close_matches(env_id, gym.registry.keys(), n=3, cutoff=0.5)
-        hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise UsageError(f"--env {env_id}: {' '.join(str(error).split())}{hint}") from error
+        message = " ".join(str(error).split())
+        if "box2d" in message.lower():  # Gymnasium's own advice would leave our extra unmentioned
+            raise UsageError(
+                f"--env {env_id} needs Box2D, which is missing: pip install -e '.[box2d]'"
+            ) from error
+        raise UsageError(f"--env {env_id} needs a package that is missing: {message}") from error
+    except gym.error.NamespaceNotFound as error:
+        if env_id.startswith(
+            "ALE/"
+        ):  # its module registers the tasks, and the part before the colon imports it
+            advice = f"pip install ale-py and give --env ale_py:{env_id}"
+            raise UsageError(f"--env {env_id} needs the package ale-py: {advice}") from error
+        raise UsageError(f"--env {env_id}: {' '.join(str(error).split())}{_nearest(env_id)}") from error
+    except (gym.error.Error, ModuleNotFoundError) as error:
+        raise UsageError(f"--env {env_id}: {' '.join(str(error).split())}{_nearest(env_id)}") from error
     except Exception as error:  # the constructor's own
         message = " ".join(str(error).split())
+        renderer = os.environ.get("MUJOCO_GL")
+        if renderer and "mujoco" not in sys.modules and "envs.mujoco" in _entry_point(env_id):
+            told = f"MuJoCo cannot be imported with MUJOCO_GL={renderer}: {message}; try egl, osmesa or none"
+            raise UsageError(f"--env {env_id}: {told}") from error
         raise UsageError(f"--env {env_id} cannot be made: {type(error).__name__}: {message}") from error
+
+
+def _nearest(env_id: str) -> str:
+    near = difflib.get_close_matches(env_id, gym.registry.keys(), n=3, cutoff=0.5)
+    return f"; nearest: {', '.join(near)}" if near else ""
 
 
 def make_envs(env_id: str, num_envs: int, engine: str = "auto", threads: int | None = None) -> VectorEnv:

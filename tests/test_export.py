@@ -1,0 +1,71 @@
+"""scripts/export.py: the ONNX file acts as the agent does, on the environment's own observations."""
+
+import sys
+from pathlib import Path
+
+import agents
+import export
+import numpy as np
+import onnxruntime
+import pytest
+
+import zoo
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs export.py's command line: its exit status, stdout and the lines on stderr."""
+
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, argv)])
+        capsys.readouterr()
+        status = export.main()
+        told = capsys.readouterr()
+        return status, told.out, told.err.splitlines()
+
+    return run
+
+
+def check_equal(agent, path, scale):
+    session = onnxruntime.InferenceSession(path)
+    rng = np.random.default_rng(0)
+    for count in (1, 300):
+        obs = (scale * rng.normal(size=(count, *agent.envs.obs_shape))).astype(agent.envs.dtype)
+        (action,) = session.run(["action"], {"obs": obs})
+        expected = agent.policy(obs)
+        assert action.dtype == expected.dtype and action.shape == expected.shape
+        assert len(np.unique(expected)) > min(1, count - 1)  # else nothing is shown
+        np.testing.assert_allclose(action, expected, rtol=0, atol=1e-5)
+    meta = session.get_modelmeta().custom_metadata_map
+    assert meta == {"agent": agent.name, "env": agent.env}
+    assert str(Path(zoo.__file__).parent).encode() not in Path(path).read_bytes()
+
+
+@pytest.mark.parametrize("train", [agents.train_ppo, agents.train_sac], ids=["ppo", "sac"])
+def test_a_trained_agent(train, tmp_path, command):
+    """PPO's with the statistics of its observations, SAC's with the squashing of its actions."""
+    folder = train(tmp_path / "run")
+    status, out, errors = command(folder, "--out", tmp_path / "a.onnx")
+    assert (status, errors) == (0, []) and str(tmp_path / "a.onnx") in out
+    check_equal(zoo.load(folder), tmp_path / "a.onnx", scale=3.0)
+
+
+@pytest.mark.parametrize(("task", "scale"), [("Bounds", 30.0), ("BoxInteger", 30.0), ("Far", 1e8)])
+def test_any_space(task, scale, tmp_path):
+    """Actions half-bounded or whole numbers; observations that need float64."""
+    agent = zoo.load(agents.untrained(tmp_path / "run", f"probe/{task}-v0", gain=30.0, mean=0.3 * scale))
+    (tmp_path / "a.onnx").write_bytes(export.to_onnx(agent))
+    check_equal(agent, tmp_path / "a.onnx", scale)
+
+
+def test_bad_input_is_one_line_and_status_2(tmp_path, command, monkeypatch):
+    for argv, words in (
+        ([tmp_path], "holds no agent.pt"),
+        ([tmp_path, "--out", tmp_path / "none" / "a.onnx"], f"no such folder as {tmp_path / 'none'}"),
+        ([tmp_path, "--out", tmp_path / "a.pt"], "end the name in .onnx"),
+    ):
+        status, _, errors = command(*argv)
+        assert status == 2 and len(errors) == 1 and words in errors[0]
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    status, _, errors = command(tmp_path)
+    assert status == 2 and len(errors) == 1 and "pip install -e '.[export]'" in errors[0]
