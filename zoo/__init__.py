@@ -1,7 +1,7 @@
 """A zoo of single-file reinforcement-learning agents; see README.md.
 
-agent = zoo.load("runs/MY_RUN")
-action = agent.policy(obs)      obs as Gymnasium's environment gave it, the action as its step takes it
+    agent = zoo.load("runs/MY_RUN")
+    action = agent.policy(obs)      # obs as Gymnasium's environment gave it, the action as its step takes it
 """
 
 import os
@@ -19,8 +19,6 @@ def load(path: str | os.PathLike[str], env: str | None = None) -> "Agent":
     env: another task to act in, with the same observations and actions.
     Raises UsageError: no agent there, of another version of the zoo, or one that does not fit the task.
     """
-    from zoo.common.agent import (
-        load_agent,
-    )  # takes a second, which those who import one agent's file are spared
+    from zoo.common.agent import load_agent  # a second, spared to those who import an agent's file only
 
     return load_agent(path, env)
