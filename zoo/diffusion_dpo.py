@@ -21,7 +21,7 @@ the tasks `line` and `ring`.
 
     python zoo/diffusion_dpo.py                         S0 (33), the VLB's weights, noise shared by the pair
     python zoo/diffusion_dpo.py --loss trajectory --total-steps 81920      nearer the tilt; on longer it overfits
-    python zoo/diffusion_dpo.py --loss notes35 --total-steps 81920         its path KL leaves all bounds
+    python zoo/diffusion_dpo.py --loss notes35                             its path KL leaves all bounds
 """
 
 from collections.abc import Callable
