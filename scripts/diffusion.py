@@ -69,7 +69,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "dpo_separate": Experiment("diffusion_dpo", "--loss standard --no-shared-noise", 3),
     "dpo_constant": Experiment("diffusion_dpo", "--loss standard --weight constant", 3),
     "dpo_d3po": Experiment("diffusion_dpo", "--loss d3po --total-steps 81920", 3),
-    "dpo_notes35": Experiment("diffusion_dpo", "--loss notes35 --total-steps 81920"),
+    "dpo_notes35": Experiment("diffusion_dpo", "--loss notes35"),
     "digits_return": Experiment("ddpo", "--env digits", 3),
     "digits_0.8": Experiment("ddpo", "--env digits --beta 0.8", 3),
     "digits_none": Experiment("ddpo", "--env digits --kl none", 3),
