@@ -78,6 +78,10 @@ def test_compiled_updates_equal_eager_ones(tmp_path, monkeypatch, capsys):
     assert ours[1]["t"] == theirs[1]["t"] == 200
     torch.testing.assert_close(ours[2][0], theirs[2][0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours[2], theirs[2], rtol=1e-2, atol=1e-3)
+    params, opt, batch, order, *more = first  # a pass of one minibatch is no loop
+    short = [function(params, opt, batch, order[:16], *more)[0] for function in (compiled, improve)]
+    torch.testing.assert_close(*short, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(short[0], params) and capsys.readouterr().err == ""
 
 
 # --- what compiled code reads may change --------------------------------------------------------------------

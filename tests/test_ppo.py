@@ -534,13 +534,13 @@ def test_the_kl_is_that_of_the_whole_batch_after_the_update(tmp_path, spy, env, 
 
 def test_target_kl_reads_the_whole_batch_after_each_epoch(tmp_path, spy):
     ppo.train(small(
-        tmp_path, "probe/ActOnObsBox-v0", minibatch_size=32, total_steps=512, learning_rate=0.01,
+        tmp_path, "probe/ActOnObsBox-v0", minibatch_size=8, total_steps=1024, learning_rate=0.002,
         target_kl=0.02,
     ))  # fmt: skip
     updates = iter(spy["update"])
     counts = [int(row["epochs"]) for row in rows(tmp_path)]
     for count in counts:
-        epochs = [[next(updates) for _ in range(4)] for _ in range(count)]
+        epochs = [[next(updates) for _ in range(16)] for _ in range(count)]
         kls = [kl_of(epoch[-1], epoch[-1].result[0], joined(epoch)) for epoch in epochs]
         assert all(kl <= 0.02 for kl in kls[:-1]), kls
         assert kls[-1] > 0.02 or count == 10, kls
@@ -640,6 +640,8 @@ def test_observations_that_differ_in_float64_only_are_told_apart(tmp_path, spy):
     obs = spy["update"][1].batch.obs.flatten()
     assert len(obs.unique()) == 2 and obs.max() - obs.min() == pytest.approx(2.0, abs=0.1)
     assert obs.dtype == torch.float32
+    acting = spy["policy_at"][1].result(np.array([[1e8], [1e8 + 1]]))  # by the same statistics
+    assert (acting.logits[0] - acting.logits[1]).abs().max() > 1e-4
 
 
 # --- degenerate inputs --------------------------------------------------------------------------------------
