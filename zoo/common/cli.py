@@ -72,9 +72,7 @@ def _about(args_class: type[RunArgs], env: str | None) -> str:
         parts.append("\n".join(["Examples:", *(f"    {line}" for line in examples)]))
     if tasks := settings(args_class):
         parts.append(textwrap.fill(f"Tasks with settings of their own: {', '.join(tasks)}.", 80))
-    shown = (
-        f"The defaults below are those of {env}." if env else "--env X --help shows the defaults for task X."
-    )
+    shown = f"The defaults below are those of {env}." if env else "--env X --help shows the defaults of X."
     return "\n\n".join([*parts, shown])
 
 

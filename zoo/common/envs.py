@@ -181,9 +181,7 @@ def make_single(env_id: str, **options: Any) -> gym.Env:
             ) from error
         raise UsageError(f"--env {env_id} needs a package that is missing: {message}") from error
     except gym.error.NamespaceNotFound as error:
-        if env_id.startswith(
-            "ALE/"
-        ):  # its module registers the tasks, and the part before the colon imports it
+        if env_id.startswith("ALE/"):  # importing the part before the colon registers the tasks
             advice = f"pip install ale-py and give --env ale_py:{env_id}"
             raise UsageError(f"--env {env_id} needs the package ale-py: {advice}") from error
         raise UsageError(f"--env {env_id}: {' '.join(str(error).split())}{_nearest(env_id)}") from error
