@@ -1,7 +1,7 @@
 """A zoo of single-file reinforcement-learning agents; see README.md.
 
-    agent = zoo.load("runs/MY_RUN")
-    action = agent.policy(obs)      # obs as Gymnasium's environment gave it, the action as its step takes it
+agent = zoo.load("runs/MY_RUN")
+action = agent.policy(obs)      # obs as Gymnasium's environment gave it, the action as its step takes it
 """
 
 import os
