@@ -667,7 +667,7 @@ def command_line(monkeypatch, capsys):
 def test_cartpole_is_learnt(tmp_path, command_line):
     """The task's own settings, from the command line."""
     status, out, _ = command_line(
-        "--env", "CartPole-v1", "--total-steps", 60000, "--no-compile", "--run-dir", tmp_path
+        "--env", "CartPole-v1", "--total-steps", 100_000, "--no-compile", "--run-dir", tmp_path
     )
     assert status == 0
     assert float(re.fullmatch(r"final evaluation: (\S+) ± \S+ over 10 episodes", out[-1])[1]) >= 450

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -19,6 +20,11 @@ from zoo.ppo import collect
 
 def act_0(obs, noise):
     return torch.zeros(len(obs), dtype=torch.int64)
+
+
+def acting_by(act):
+    """A policy as `collect` takes it, whose samples are act(obs, noise)."""
+    return lambda obs: SimpleNamespace(sample=lambda noise: act(torch.as_tensor(obs), noise))
 
 
 # Eight steps of the script in probes.py by two copies; the second begins with the second episode. Columns:
@@ -49,7 +55,7 @@ def table(rollout, copy):
 
 def test_a_collected_batch_is_the_script():
     envs = make_envs("probe/Scripted-v0", 2)
-    rollout, obs, episodes = collect(envs, envs.reset(range(envs.num_envs)), act_0, torch.zeros(8, 2, 2))
+    rollout, obs, episodes = collect(envs, envs.reset(range(envs.num_envs)), acting_by(act_0), torch.zeros(8, 2, 2))
     assert table(rollout, 0) == FIRST
     assert table(rollout, 1) == SECOND
     assert obs.tolist() == [[10], [20]]  # what to act on next: the first observations of new episodes
@@ -65,7 +71,7 @@ def test_a_batch_goes_on_where_the_last_one_stopped():
     envs = make_envs("probe/Scripted-v0", 2)
     obs, rows, ended = envs.reset(range(envs.num_envs)), [], []
     for _ in range(4):
-        rollout, obs, episodes = collect(envs, obs, act_0, torch.zeros(2, 2, 2))
+        rollout, obs, episodes = collect(envs, obs, acting_by(act_0), torch.zeros(2, 2, 2))
         rows += table(rollout, 0)
         ended += episodes
     assert rows == FIRST
@@ -75,9 +81,9 @@ def test_a_batch_goes_on_where_the_last_one_stopped():
 def test_a_reset_starts_everything_afresh():
     envs = make_envs("probe/Scripted-v0", 2)
     collect(
-        envs, envs.reset(range(envs.num_envs)), act_0, torch.zeros(1, 2, 2)
+        envs, envs.reset(range(envs.num_envs)), acting_by(act_0), torch.zeros(1, 2, 2)
     )  # leaves the first copy in mid-episode
-    rollout, _, episodes = collect(envs, envs.reset(range(envs.num_envs)), act_0, torch.zeros(8, 2, 2))
+    rollout, _, episodes = collect(envs, envs.reset(range(envs.num_envs)), acting_by(act_0), torch.zeros(8, 2, 2))
     assert table(rollout, 0) == FIRST and episodes == EPISODES
 
 
@@ -89,7 +95,7 @@ def test_the_collected_action_is_what_was_acted_and_what_act_saw_is_the_obs():
         return noise * 2
 
     noise = torch.randn(3, 2, 4)
-    rollout, _, _ = collect(envs, envs.reset(range(envs.num_envs)), act, noise)
+    rollout, _, _ = collect(envs, envs.reset(range(envs.num_envs)), acting_by(act), noise)
     assert torch.equal(
         rollout.action, noise * 2
     )  # unclipped, in the policy's scale: its log-probability is of this
