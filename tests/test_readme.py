@@ -83,6 +83,7 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     found = commands((ROOT / "README.md").read_text())
     assert len(found) > 10
+    failed = []
     for command in found:
         if any(re.fullmatch(pattern, command) for pattern in ELSEWHERE):
             continue
@@ -91,7 +92,9 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             status = run(command, tmp_path, patch)
         told = capsys.readouterr()
-        assert status == 0, f"{command}: {told.err}"
+        if status:
+            failed.append(f"{command}: {told.err}")
+    assert failed == []
 
 
 def _draws():
