@@ -10,7 +10,7 @@ Every run is a process of its own on one core; the same command goes on where it
     RUNS/NAME/seed_N/            the run's folder
     RESULTS/NAME/seed_N.csv      its evaluations
     RESULTS/table.csv            the last evaluations, mean and standard deviation over seeds
-    RESULTS/NAME/meta.json       command, versions, commit, machine
+    RESULTS/NAME/experiment.json       command, versions, commit, machine
 
 Needs the extra `plots`, and `digits` for the digits.
 """
@@ -124,7 +124,7 @@ def run(name: str, seed: int, args: Args) -> str:
         writer.writerows(rows)
     described = json.loads((folder / "args.json").read_text())
     shared = {key: described[key] for key in ("versions", "commit", "machine")}
-    (kept.parent / "meta.json").write_text(
+    (kept.parent / "experiment.json").write_text(
         json.dumps(
             {"command": f"zoo/{EXPERIMENTS[name].agent}.py {EXPERIMENTS[name].args}", **shared}, indent=2
         )

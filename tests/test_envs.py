@@ -55,7 +55,9 @@ def table(rollout, copy):
 
 def test_a_collected_batch_is_the_script():
     envs = make_envs("probe/Scripted-v0", 2)
-    rollout, obs, episodes = collect(envs, envs.reset(range(envs.num_envs)), acting_by(act_0), torch.zeros(8, 2, 2))
+    rollout, obs, episodes = collect(
+        envs, envs.reset(range(envs.num_envs)), acting_by(act_0), torch.zeros(8, 2, 2)
+    )
     assert table(rollout, 0) == FIRST
     assert table(rollout, 1) == SECOND
     assert obs.tolist() == [[10], [20]]  # what to act on next: the first observations of new episodes
@@ -83,7 +85,9 @@ def test_a_reset_starts_everything_afresh():
     collect(
         envs, envs.reset(range(envs.num_envs)), acting_by(act_0), torch.zeros(1, 2, 2)
     )  # leaves the first copy in mid-episode
-    rollout, _, episodes = collect(envs, envs.reset(range(envs.num_envs)), acting_by(act_0), torch.zeros(8, 2, 2))
+    rollout, _, episodes = collect(
+        envs, envs.reset(range(envs.num_envs)), acting_by(act_0), torch.zeros(8, 2, 2)
+    )
     assert table(rollout, 0) == FIRST and episodes == EPISODES
 
 

@@ -89,7 +89,7 @@ def test_measures_of_known_numbers():
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("estimators")
-    argv = ["--env", "CartPole-v1", "--stages", "512", "1024", "--budget", "300", "--no-compile"]
+    argv = ["--env", "CartPole-v1", "--stages", "1024", "2048", "--budget", "300", "--no-compile"]
     return folder, [*argv, "--runs", str(folder / "runs"), "--results", str(folder / "results")]
 
 
@@ -106,10 +106,10 @@ def test_the_whole_script(tiny, monkeypatch, capsys):
     for name in estimators.FIGURES:
         with open(folder / "results" / f"{name}.csv", newline="") as file:
             tables[name] = list(csv.DictReader(file))
-        assert {row["stage"] for row in tables[name]} == {"512", "1024"}
+        assert {row["stage"] for row in tables[name]} == {"1024", "2048"}
         assert all(math.isfinite(float(row["value"])) and float(row["error"]) >= 0 for row in tables[name])
         assert (folder / "results" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-    for stage in ("512", "1024"):  # what two tables share, and what must agree exactly
+    for stage in ("1024", "2048"):  # what two tables share, and what must agree exactly
         here = {
             (r["question"], r["estimator"], float(r["x"]), r["quantity"]): r
             for t in tables.values()
@@ -141,9 +141,9 @@ def test_the_whole_script(tiny, monkeypatch, capsys):
 def test_scores_are_the_gradients_of_log_pi(tiny):
     folder, _ = tiny
     args = SimpleNamespace(seed=1, compile=False)
-    path = estimators.train("CartPole-v1", [512, 1024], folder / "runs" / "CartPole-v1_1_1024", args)[1]
+    path = estimators.train("CartPole-v1", [1024, 2048], folder / "runs" / "CartPole-v1_1_2048", args)[1]
     agent = estimators.Agent(path)
-    assert agent.step == 1024 and agent.env == "CartPole-v1"
+    assert agent.step == 2048 and agent.env == "CartPole-v1"
     episodes = estimators.play(agent, agent.theta, 100, 100, 3)
     assert len(episodes) >= 20 and all(len(e.reward) == len(e.value) for e in episodes)
     firsts = [

@@ -736,12 +736,7 @@ def test_help_says_what_the_agent_is_and_groups_its_arguments(capsys):
         parse(Args, lambda env: {}, ["--help"])
     about, _, text = capsys.readouterr().out.partition("task options")
     assert end.value.code == 0 and __doc__.split("\n\n")[0][:40] in about
-    expected = [
-        "--env",
-        "--resume",
-        "algorithm options",
-        "--num-envs",
-    ]
+    expected = ["--env", "--resume", "algorithm options", "--num-envs"]
     expected += ["--clip", "clip range", "plumbing options", "--device"]
     assert [text.index(each) for each in expected] == sorted(text.index(each) for each in expected)
     assert all(f"--{name.replace('_', '-')}" in text for name in before)

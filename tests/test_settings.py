@@ -1,13 +1,14 @@
 """The settings of a task: the same from Python and the shell, shared by its versions, shown by --help."""
 
 import dataclasses
+import re
 import sys
 
 import gymnasium as gym
 import pytest
 
 from zoo import actor_critic, ppo, reinforce, sac, trpo
-from zoo.common.args import settings, settings_for
+from zoo.common.args import flag, settings, settings_for
 from zoo.common.cli import parse
 from zoo.common.envs import make_single
 from zoo.common.errors import UsageError
@@ -88,12 +89,21 @@ def test_help_shows_examples_and_the_tasks_with_settings(agent, capsys, monkeypa
     monkeypatch.setenv("COLUMNS", "200")
     text = shown(capsys, agent)
     name = agent.__name__.split(".")[1]
-    assert text.count(f"    python zoo/{name}.py") >= 1
+    assert text.count(f"    python zoo/{name}.py") >= 2
     assert all(task in text for task in agent.SETTINGS)
     assert "--env X --help shows the defaults of X" in text
     assert text.index("--env STR") < min(
         text.index(f"--{other} INT") for other in ("seed", "num-envs", "threads")
     )
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_every_argument_is_explained(agent, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")  # one column
+    text = " ".join(shown(capsys, agent).replace("│", " ").split())
+    for field in dataclasses.fields(agent.Args):
+        told = re.search(rf" {flag(field.name)}[ ,](.*?)\(default: ", text)
+        assert re.search(r"(?<![-{\w,])[A-Z]?[a-z]\w*", told[1]), flag(field.name)
 
 
 def test_help_shows_a_tasks_own_defaults(capsys):

@@ -64,23 +64,20 @@ class Args(RunArgs):
     gae_lambda: float = 0.95  # GAE's lambda: 0 trusts the critic (one-step TD), 1 the rewards (Monte Carlo)
     recompute_advantages: bool = True  # values and advantages anew before each epoch
     normalize_advantages: bool = False  # mean 0 and standard deviation 1 in each minibatch
-    surrogate: Literal["clip", "kl", "adaptive-kl", "unclipped"] = (
-        "clip"  # what keeps the new policy near the old one
-    )
+    # what keeps the new policy near the old one
+    surrogate: Literal["clip", "kl", "adaptive-kl", "unclipped"] = "clip"
     clip: float = 0.2  # eps of the clipped surrogate
     kl_coef: float = 1.0  # beta of the kl surrogates (where adaptive-kl starts)
-    target_kl: float | None = (
-        None  # ends an update's epochs when the KL exceeds it; adaptive-kl's target (0.01 if not given)
-    )
+    # ends an update's epochs when the KL exceeds it; adaptive-kl's target (0.01 if not given)
+    target_kl: float | None = None
     value_clip: float | None = None  # keep V within this of its old value in the loss
     value_coef: float = 0.25  # weight of the value loss, c1
     entropy_coef: float = 0.0  # weight of the entropy bonus, c2
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
     shared_network: bool = False  # one trunk for policy and value instead of two
-    log_std: float = (
-        -1.0
-    )  # initial log standard deviation of a Gaussian policy, in units of half the action range
+    # initial log standard deviation of a Gaussian policy, in units of half the action range
+    log_std: float = -1.0
     normalize_obs: bool = True  # observations by their running mean and standard deviation
     scale_rewards: bool = True  # rewards by the running standard deviation of the discounted return
 

@@ -65,12 +65,10 @@ class Args(RunArgs):
     target_entropy: float | None = None  # of a tuned temperature; None: minus the number of action dimensions
     value_network: bool = False  # the 2018 form, with a separate V and its target
     hidden: tuple[int, ...] = (256, 256)  # widths of the ReLU layers
-    bf16: bool = (
-        False  # float32 matrix products in bfloat16 on a CPU with AMX or AVX512-BF16, in TF32 on CUDA
-    )
-    eval_every: int = (
-        50_000  # environment steps between evaluations, made with the next report; 0: at the end only
-    )
+    # float32 matrix products in bfloat16 on a CPU with AMX or AVX512-BF16, in TF32 on CUDA
+    bf16: bool = False
+    # environment steps between evaluations, made with the next report; 0: at the end only
+    eval_every: int = 50_000
     report_every: int = 500  # environment steps between reports (rounded up to whole iterations)
 
 

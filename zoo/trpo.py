@@ -62,12 +62,10 @@ class Args(RunArgs):
     anneal: bool = False  # let delta and the critic's learning rate fall linearly to 0 over the run
     cg_iterations: int = 10  # of conjugate gradient, at most
     cg_tolerance: float = 1e-5  # it stops at a residual of this times the gradient's norm
-    damping: float = (
-        0.1  # conjugate gradient solves (F + damping I) x = g, which bounds x where the KL is flat
-    )
-    fvp_subsample: int = (
-        4  # Fisher-vector products on every k-th state of the batch; gradient and line search use all
-    )
+    # conjugate gradient solves (F + damping I) x = g, which bounds x where the KL is flat
+    damping: float = 0.1
+    # Fisher-vector products on every k-th state of the batch; gradient and line search use all
+    fvp_subsample: int = 4
     backtrack: float = 0.8  # factor between the steps that the line search tries
     max_backtracks: int = 10  # the shortest of them is backtrack ** max_backtracks of the full one
     critic_epochs: int = 5  # the critic's passes over a batch
@@ -77,9 +75,8 @@ class Args(RunArgs):
     gae_lambda: float = 0.95  # GAE's lambda: 0 trusts the critic (one-step TD), 1 the rewards (Monte Carlo)
     normalize_advantages: bool = True  # mean 0 and standard deviation 1 in each batch
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
-    log_std: float = (
-        -1.0
-    )  # initial log standard deviation of a Gaussian policy, in units of half the action range
+    # initial log standard deviation of a Gaussian policy, in units of half the action range
+    log_std: float = -1.0
     normalize_obs: bool = True  # observations by their running mean and standard deviation
     scale_rewards: bool = True  # rewards by the running standard deviation of the discounted return
 

@@ -96,6 +96,9 @@ def _read(path: Path) -> dict[str, Any]:
         resume = f"go on with it by --resume {path}"
         unfinished = (path / "checkpoint.pt").exists()
         require(not unfinished, f"run {path}: is not finished and has no agent.pt yet; {resume}")
+        kept = "scripts/benchmark.py keeps that of the median seed"
+        recorded = (path / "meta.json").exists()
+        require(not recorded, f"run {path}: these results hold no agent.pt; {kept}")
         within = sorted(path.glob("*/agent.pt"), key=lambda found: found.stat().st_mtime)
         hint = f"; the newest of those within: {within[-1].parent}" if within else ""
         raise UsageError(f"run {path}: holds no agent.pt, so no trained agent{hint}")
