@@ -548,8 +548,8 @@ def test_results_are_evaluated_and_watched_as_the_run_is(tiny, kept, tmp_path, m
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and "evaluation: " in said[0] and "mean return" in said[0]
     (kept / "agent.pt").unlink()
-    for script in (evaluate, watch):
-        assert call(script, monkeypatch, kept) == 2
+    for script, *more in ((evaluate,), (watch, "--video", tmp_path / "b.gif")):
+        assert call(script, monkeypatch, kept, *more) == 2
         error = capsys.readouterr().err
         assert "these results hold no agent.pt" in error and error.count("\n") == 1
 
