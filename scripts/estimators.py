@@ -330,9 +330,8 @@ def of_the_table(
 
 def every_n_step(columns: Columns, n: int, gamma: float) -> Tensor:
     """The n-step advantage of every row (T,), from the zoo's n_step on all windows of n rows."""
-    padded = [
-        torch.cat((x[:, 0], x.new_zeros(n - 1))) for x in columns
-    ]  # beyond the end, where n_step does not look
+    # beyond the end, where n_step does not look
+    padded = [torch.cat((x[:, 0], x.new_zeros(n - 1))) for x in columns]
     reward, value, next_value, terminated, truncated = (x.unfold(0, n, 1).T for x in padded)
     return n_step(reward, value, next_value, terminated, truncated, gamma)[0]
 
@@ -350,9 +349,8 @@ def measure_gradients(
 
     references = torch.stack([reference_estimate(episode) for episode in large])
     reference, size = references.mean(0), squared_norm(references)
-    trusted = math.sqrt(
-        min(size / (reference**2).sum().item(), 1.0)
-    )  # the reference's own cosine with the truth
+    # the reference's own cosine with the truth
+    trusted = math.sqrt(min(size / (reference**2).sum().item(), 1.0))
     estimates, x, y = list[Tensor](), list[Tensor](), list[Tensor]()
     for episode in sample:
         scores = agent.scores(agent.theta, episode.obs, episode.action)
@@ -450,9 +448,8 @@ def measure_importance(
         for episode in sample:
             w = ratios(agent, theta, episode)
             psi = weighted(episode, w, gamma)
-            bounded = (
-                torch.stack(list(psi.values())).clamp(-1e12, 1e12).float()
-            )  # products of ratios overflow
+            # products of ratios overflow
+            bounded = torch.stack(list(psi.values())).clamp(-1e12, 1e12).float()
             estimates = bounded @ agent.scores(theta, episode.obs, episode.action)
             for name, g in zip(psi, estimates, strict=True):
                 forms.setdefault(name, []).append(g)
@@ -711,9 +708,8 @@ def draw(name: str, rows: list[dict[str, str]], path: Path) -> None:
             axis.legend(fontsize=8)
     for panel, row in zip(panels, axes, strict=True):
         if panel.log or (panel.quantity == "bias" and by_stage):
-            row[0].set_ylim(
-                bottom=max(row[0].get_ylim()[0], 1e-3) if panel.log else 0
-            )  # products of ratios vanish
+            # products of ratios vanish
+            row[0].set_ylim(bottom=max(row[0].get_ylim()[0], 1e-3) if panel.log else 0)
     if not by_stage:
         handles = {
             label: handle

@@ -1,8 +1,7 @@
 """Record what trl computes, for tests/test_trl.py to compare the zoo's losses with; run where trl is
 installed.
 
-    python -m venv /tmp/trl && /tmp/trl/bin/pip install trl==1.16.0 && /tmp/trl/bin/python
-    scripts/record_trl.py
+    python -m venv trl && trl/bin/pip install trl==1.16.0 && trl/bin/python scripts/record_trl.py
 
 trl's own methods are called on log-probabilities, scores and masks drawn here, in place of a model's: the
 losses of GRPOTrainer (its four divisors, its KL with and without the correction), DPOTrainer and

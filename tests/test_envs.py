@@ -82,9 +82,8 @@ def test_a_batch_goes_on_where_the_last_one_stopped():
 
 def test_a_reset_starts_everything_afresh():
     envs = make_envs("probe/Scripted-v0", 2)
-    collect(
-        envs, envs.reset(range(envs.num_envs)), acting_by(act_0), torch.zeros(1, 2, 2)
-    )  # leaves the first copy in mid-episode
+    # leaves the first copy in mid-episode
+    collect(envs, envs.reset(range(envs.num_envs)), acting_by(act_0), torch.zeros(1, 2, 2))
     rollout, _, episodes = collect(
         envs, envs.reset(range(envs.num_envs)), acting_by(act_0), torch.zeros(8, 2, 2)
     )
@@ -100,9 +99,8 @@ def test_the_collected_action_is_what_was_acted_and_what_act_saw_is_the_obs():
 
     noise = torch.randn(3, 2, 4)
     rollout, _, _ = collect(envs, envs.reset(range(envs.num_envs)), acting_by(act), noise)
-    assert torch.equal(
-        rollout.action, noise * 2
-    )  # unclipped, in the policy's scale: its log-probability is of this
+    # unclipped, in the policy's scale: its log-probability is of this
+    assert torch.equal(rollout.action, noise * 2)
     assert torch.equal(rollout.obs, torch.stack([obs for obs, _ in seen]))
     assert torch.equal(torch.stack([step_noise for _, step_noise in seen]), noise)
 
@@ -350,9 +348,8 @@ def test_no_two_of_the_engines_files_import_each_other():
         for name in names
     }
     assert {"vector_env", "classic_engine", "mujoco_engine"} <= left["envs"]
-    while leaves := [
-        name for name in left if not left[name] & left.keys()
-    ]:  # those that import nothing that is left
+    # those that import nothing that is left
+    while leaves := [name for name in left if not left[name] & left.keys()]:
         for name in leaves:
             del left[name]
     assert not left

@@ -14,9 +14,8 @@ def test_group_advantages_by_hand():
     reward = torch.tensor([[1.0, 2.0, 6.0], [5.0, 5.0, 5.0]])
     assert group_advantages(reward, std=False).tolist() == [[-2.0, -1.0, 3.0], [0.0, 0.0, 0.0]]
     found = group_advantages(reward, std=True)
-    torch.testing.assert_close(
-        found[0], torch.tensor([-2.0, -1.0, 3.0]) / (7**0.5 + 1e-4)
-    )  # of 2 degrees of freedom
+    # of 2 degrees of freedom
+    torch.testing.assert_close(found[0], torch.tensor([-2.0, -1.0, 3.0]) / (7**0.5 + 1e-4))
     assert found[1].tolist() == [0.0, 0.0, 0.0]
 
 

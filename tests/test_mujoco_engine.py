@@ -103,9 +103,8 @@ def test_every_v4_and_v5_task_is_served_or_known():
 def test_time_limit_keeps_the_true_successor(limit):
     single = gym.make("HalfCheetah-v4", max_episode_steps=limit or -1)
     engine = MujocoVectorEnv("HalfCheetah-v4", N, single, np.float64, 2)
-    free = MujocoVectorEnv(
-        "HalfCheetah-v4", N, gym.make("HalfCheetah-v4"), np.float64, 2
-    )  # its limit is 1000
+    # its limit is 1000
+    free = MujocoVectorEnv("HalfCheetah-v4", N, gym.make("HalfCheetah-v4"), np.float64, 2)
     first, action = engine.reset(SEEDS), np.full((N, engine.action_dim), 0.5)
     np.testing.assert_array_equal(first, free.reset(SEEDS))
     for _ in range(4):

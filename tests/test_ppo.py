@@ -256,9 +256,8 @@ def test_loss_and_gradient_equal_the_formula(surrogate, value_clip, normalize_ad
     )))  # fmt: skip
     forward = linear_forward(discrete)
     now = forward(torch.from_numpy(params), batch.obs)[0].log_prob(batch.action)
-    batch = batch._replace(
-        log_prob=now + torch.from_numpy(rng.normal(size=B) * 0.3)
-    )  # ratios on both sides of the range
+    # ratios on both sides of the range
+    batch = batch._replace(log_prob=now + torch.from_numpy(rng.normal(size=B) * 0.3))
     beta = torch.tensor(1.7, dtype=torch.float64)
     gradient, (loss, metrics) = grad_and_value(ppo_loss, has_aux=True)(
         torch.from_numpy(params), batch, beta, forward, args
@@ -429,9 +428,8 @@ def test_epochs_visit_every_transition_and_recompute_advantages_when_asked(tmp_p
         assert same != recompute
         assert not torch.equal(columns[0].obs, columns[1].obs)  # shuffled anew
         call, batch = iteration[0], iteration[0].batch
-        torch.testing.assert_close(
-            log_prob(call, call.params, batch.obs, batch.action), batch.log_prob
-        )  # the first ratio is 1
+        # the first ratio is 1
+        torch.testing.assert_close(log_prob(call, call.params, batch.obs, batch.action), batch.log_prob)
     for row, estimate in zip(rows(tmp_path), spy["gae"][:: 3 if recompute else 1], strict=True):
         advantage, return_ = estimate.result.numpy(), (estimate.result + estimate.value).numpy()
         unexplained = np.var(advantage) / np.var(return_)

@@ -142,9 +142,8 @@ def test_a_truncated_episode_counts_its_tail(form):
     expected = sum(c * estimate([i], 0.7, tail, baseline="value", **form) for i, c in enumerate(CHANCES))
     torch.testing.assert_close(expected, tiny_mdp.exact_gradient(0.7, tail))
     assert (expected - tiny_mdp.exact_gradient(0.7)).norm() > 0.2
-    right = tiny_mdp.true_value(
-        0.7
-    )  # then the time limit is not felt: the gradient of the task without it, in the states seen
+    # then the time limit is not felt: the gradient of the task without it, in the states seen
+    right = tiny_mdp.true_value(0.7)
     assert (tiny_mdp.exact_gradient(0.7, right) - tiny_mdp.exact_gradient(0.7)).norm() > 0.1
 
 
@@ -180,9 +179,8 @@ def exact_variances(gamma):
         b["mean"] = (CHANCES * (return_[: len(counted)] * counted).sum(0)).sum() / (
             CHANCES * counted.sum(0)
         ).sum()
-        values = torch.zeros(
-            3, 2, dtype=F64
-        )  # V_t(s), the time limit's clock included: the mean return from there
+        # V_t(s), the time limit's clock included: the mean return from there
+        values = torch.zeros(3, 2, dtype=F64)
         for t in range(3):
             for s in (0, 1):
                 here = batch.alive[t] & (batch.obs[t] == s)
@@ -755,9 +753,8 @@ def test_same_seed_same_table_and_a_resumed_run_goes_on_as_if_nothing_had_been(t
 
 
 def test_steps_are_those_of_the_episodes(tmp_path, in_turn):
-    reinforce.train(
-        small(tmp_path, "probe/Scripted-v0", num_envs=2, total_steps=7)
-    )  # 2 + 1 a batch, what follows is idle
+    # 2 + 1 a batch, what follows is idle
+    reinforce.train(small(tmp_path, "probe/Scripted-v0", num_envs=2, total_steps=7))
     assert [row["step"] for row in rows(tmp_path)] == ["3", "6", "9"]
     assert rows(tmp_path)[0]["train_length"] == "1.5" and rows(tmp_path)[0]["train_return"] == "3"
 

@@ -25,9 +25,8 @@ class Story:
     def tell(self, buffer):
         """One step of all environments, stored."""
         n = self.num_envs
-        busy = (
-            len(self.true) // n % 24 >= 12
-        )  # endings come in bursts, so that room for them is short again and again
+        # endings come in bursts, so that room for them is short again and again
+        busy = len(self.true) // n % 24 >= 12
         chances = [0.1, 0.3, 0.3, 0.3] if busy else [0.91, 0.03, 0.03, 0.03]
         kind = self.rng.choice(["", "terminated", "truncated", "both"], size=n, p=chances)
         terminated, truncated = np.isin(kind, ["terminated", "both"]), np.isin(kind, ["truncated", "both"])

@@ -72,9 +72,8 @@ if "probe/EndlessBox-v0" not in gym.registry:
 def test_the_density_integrates_to_1(mean, log_std):
     """Over (-1, 1), also where nearly all of it lies at an end."""
     noise = torch.linspace(-9, 9, 40_001, dtype=F64)[:, None]
-    noise = noise[
-        (mean + np.exp(log_std) * noise).abs().squeeze(-1) < 15
-    ]  # beyond, an action is no longer told from its bound
+    # beyond, an action is no longer told from its bound
+    noise = noise[(mean + np.exp(log_std) * noise).abs().squeeze(-1) < 15]
     dist = SquashedGaussian(torch.full_like(noise, mean), torch.full_like(noise, log_std))
     action, log_prob = dist.sample(noise)
     missing = 1 - Normal(0.0, 1.0).cdf(noise[-1]) + Normal(0.0, 1.0).cdf(noise[0])

@@ -179,9 +179,8 @@ def test_results_hold_statistics_curves_and_provenance(bench, capsys):
     assert [row["step"] for row in rows if row["eval_return"]] == ["450", "900"]
     assert rows[5]["train_return"] == "12.3457" and rows[5]["loss"] == "0.123457"
     out = capsys.readouterr().out
-    assert "46.9 ± 40.4 [10.2 .. 90.2]" in out and out.rstrip().endswith(
-        " 302"
-    )  # the median of 301, 302, 303 steps/s
+    # the median of 301, 302, 303 steps/s
+    assert "46.9 ± 40.4 [10.2 .. 90.2]" in out and out.rstrip().endswith(" 302")
     assert "stub CartPole-v1 seed 3: 90.25 ± 1.25 over 3 episodes" in out
 
 
@@ -252,9 +251,8 @@ def test_stopping_lets_runs_checkpoint_and_says_how_to_go_on(bench, number):
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == 128 + number
     assert "to go on: python scripts/benchmark.py --agent stub" in stderr and "FAILED" not in stderr
-    assert (
-        bench.runs / "seed_1.log"
-    ).read_text() == "interrupted at step 300\n"  # it had the time to end by itself
+    # it had the time to end by itself
+    assert (bench.runs / "seed_1.log").read_text() == "interrupted at step 300\n"
     assert bench() == 0
     assert bench.calls() == [
         f"CartPole-v1 {what}" for what in ("1 fresh", "1 resume", "2 fresh", "2 resume", "3 fresh")
@@ -265,9 +263,8 @@ def test_a_failed_run_is_reported_and_the_others_go_on(bench, monkeypatch, capsy
     monkeypatch.setenv("STUB_FAIL", "2")
     assert bench("--jobs", "1") == 1
     captured = capsys.readouterr()
-    assert (
-        captured.err.count("stub CartPole-v1 seed 2: exit status 1: error: the loss became nan") == 2
-    )  # at once, and at the end
+    # at once, and at the end
+    assert captured.err.count("stub CartPole-v1 seed 2: exit status 1: error: the loss became nan") == 2
     assert list(bench.meta()["seeds"]) == ["1", "3"] and not (bench.results / "seed_2.csv").exists()
     monkeypatch.delenv("STUB_FAIL")
     assert bench() == 0 and list(bench.meta()["seeds"]) == ["1", "2", "3"]
@@ -297,9 +294,8 @@ def test_other_arguments_are_refused_unless_forced(bench, capsys):
     names = sorted(path.name for path in bench.results.iterdir())
     assert names == ["agent.pt", "meta.json", "seed_2.csv", "seed_4.csv"]
     assert bench("--total-steps", "800", "--results", str(bench.results.parents[1] / "new"), seeds="2") == 2
-    assert (
-        "total_steps 900 there, 800 here" in capsys.readouterr().err
-    )  # the run's own folder stands in the way, too
+    # the run's own folder stands in the way, too
+    assert "total_steps 900 there, 800 here" in capsys.readouterr().err
 
 
 def test_results_older_than_an_argument_count_as_made_with_its_default(bench, capsys):
@@ -588,9 +584,8 @@ def test_watch_writes_a_video(tiny, tmp_path, monkeypatch, capsys):
     video = tmp_path / "a.gif"
     assert call(watch, monkeypatch, tiny, "--video", video) == 0
     told = float(capsys.readouterr().out.split()[2])
-    assert (
-        told / 2 < len(imageio.imread(video)) <= told
-    )  # CartPole: a reward of 1 a step; GIFs merge equal frames
+    # CartPole: a reward of 1 a step; GIFs merge equal frames
+    assert told / 2 < len(imageio.imread(video)) <= told
     assert call(watch, monkeypatch, tiny, "--video", tmp_path / "a.avi") == 2
     assert "end the name in .mp4 or .gif" in capsys.readouterr().err
 

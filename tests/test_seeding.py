@@ -24,9 +24,8 @@ def test_no_two_streams_are_the_same():
         for i in INDICES
         for s in env_seeds(seed, purpose, 8, *i)
     ]
-    assert len(set(seeds)) == len(
-        seeds
-    )  # 5,600 numbers of 31 bits: two would be equal by chance once in 137 times
+    # 5,600 numbers of 31 bits: two would be equal by chance once in 137 times
+    assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**31 for seed in seeds) and max(seeds) > 2**30
 
 
@@ -36,9 +35,8 @@ def test_streams_are_those_of_numpys_seed_sequence():
         generator_seed(7, "noise", 3)
         == np.random.SeedSequence(7, spawn_key=key).generate_state(1, np.uint64)[0]
     )
-    assert (
-        env_seeds(7, "evaluation", 5) == env_seeds(7, "evaluation", 64)[:5]
-    )  # more environments: more of the same
+    # more environments: more of the same
+    assert env_seeds(7, "evaluation", 5) == env_seeds(7, "evaluation", 64)[:5]
 
 
 def test_network_and_noise_are_uncorrelated():

@@ -159,9 +159,8 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.policy_trunk = trunk(envs.obs_dim, hidden)
         self.value_trunk = self.policy_trunk if shared else trunk(envs.obs_dim, hidden)
-        self.policy_head = layer(
-            hidden[-1], envs.action_dim, 0.01
-        )  # near-uniform or near-zero-mean actions at the start
+        # near-uniform or near-zero-mean actions at the start
+        self.policy_head = layer(hidden[-1], envs.action_dim, 0.01)
         self.value_head = layer(hidden[-1], 1, 1.0)
         self.log_std = None if envs.discrete else nn.Parameter(torch.full((envs.action_dim,), log_std))
 

@@ -60,13 +60,9 @@ class Args(RunArgs):
     beta: float = 0.5  # weight of the path's KL; with --kl none only the tilt's that samples are compared to
     num_chains: int = 512  # chains between updates
     num_epochs: int = 1  # passes over a batch of chains, with --method is
-    minibatch_size: int = (
-        5120  # denoising steps in a gradient step, with --method is; must divide chains x steps
-    )
+    minibatch_size: int = 5120  # denoising steps in a gradient step of --method is; divides chains x steps
     clip: float | None = None  # eps of the clipped ratio, with --method is; None: unclipped
-    reduce: Literal["sum", "mean"] = (
-        "sum"  # over dimensions, of squares; the mean takes the ratio's d-th root
-    )
+    reduce: Literal["sum", "mean"] = "sum"  # over dimensions; the mean takes the ratio's d-th root
     learning_rate: float = 2e-3  # Adam's
     anneal: bool = True  # let the learning rate fall linearly to 0 over the run
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm
@@ -213,17 +209,15 @@ def chain_advantages(
     """
     return_ = reward.expand_as(kl)
     if place == "return":
-        return_ = return_ - beta * (
-            kl.cumsum(0) - kl
-        )  # of the steps after t, which are those of a lower index
+        # of the steps after t, which are those of a lower index
+        return_ = return_ - beta * (kl.cumsum(0) - kl)
     if place == "log-ratio":
         return_ = return_ - beta * log_ratio
     members = nn.functional.one_hot(context).to(return_.dtype)
     size = members.sum(0)
     centred = return_ - (return_ @ members / size) @ members.T
-    return (
-        centred * (size / (size - 1))[context]
-    )  # as if each chain's own return had not been in its baseline
+    # as if each chain's own return had not been in its baseline
+    return centred * (size / (size - 1))[context]
 
 
 def ddpo_loss(

@@ -386,9 +386,8 @@ def train(args: Args) -> float:
     while run.step + size <= args.total_steps:
         params, opt, step = state.params, state.opt, run.step
         metrics: list[dict[str, Tensor]] = []
-        while (
-            len(metrics) < 20 and step + size <= args.total_steps
-        ):  # a report of every gradient step would cost
+        # a report of every gradient step would cost
+        while len(metrics) < 20 and step + size <= args.total_steps:
             remaining = 1 - step / args.total_steps
             rate = torch.tensor(args.learning_rate * (remaining if args.anneal else 1.0), device=device)
             row = torch.randint(args.num_pairs, (size,), generator=generator, device=device)

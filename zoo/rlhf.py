@@ -333,9 +333,8 @@ def rlhf_loss(
     pg_loss = -masked_mean(clipped_surrogate(log_ratio, batch.advantage, args.clip), batch.mask)
     v_loss = masked_mean((value - batch.return_) ** 2, batch.mask)
     metrics = {"policy_loss": pg_loss, "value_loss": v_loss}
-    metrics["approx_kl"] = masked_mean(
-        torch.expm1(log_ratio) - log_ratio, batch.mask
-    )  # to the policy that wrote
+    # to the policy that wrote
+    metrics["approx_kl"] = masked_mean(torch.expm1(log_ratio) - log_ratio, batch.mask)
     metrics["clipfrac"] = masked_mean((torch.expm1(log_ratio).abs() > args.clip).float(), batch.mask)
     loss = pg_loss + (args.value_coef * v_loss if args.critic else 0.0)
     if args.kl_in == "loss":
@@ -427,9 +426,8 @@ def reward_stage(args: Args, task: Task, device: torch.device) -> float:
     ref = earlier_stage(args, "supervised", device)["params"]
     fresh = [make_network(task, args, 1, device) for _ in range(args.ensemble)]
     model, head = fresh[0][1], args.dim + 1
-    members = [
-        torch.cat((ref[: -head * task.vocab], new[-head:])) for new, _ in fresh
-    ]  # the reference's body
+    # the reference's body
+    members = [torch.cat((ref[: -head * task.vocab], new[-head:])) for new, _ in fresh]
 
     def ranked_scores(member: Tensor, prompt: Tensor, response: Tensor) -> Tensor:
         """Scores (B, K) of a ranking."""
@@ -523,9 +521,8 @@ def ppo_stage(args: Args, task: Task, device: torch.device) -> float:
     update = compile_function(update, device, args.compile)
     generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "noise"))
     draw_noise = partial(gumbel, args.batch_size, task.response_length, task.vocab, generator=generator)
-    prompt = task.prompts(
-        args.batch_size, generator
-    )  # only differences of a model's scores mean anything: mean 0 at first
+    # only differences of a model's scores mean anything: mean 0 at first
+    prompt = task.prompts(args.batch_size, generator)
     shift = judge(prompt, write(params, prompt, draw_noise())[0]).mean() if args.reward == "model" else 0.0
     run = Run(args, "rlhf", make_measure(task, policy, ref, args), unit="responses")
     state = run.restore(State(params, new_adam(params), generator))

@@ -148,9 +148,8 @@ class TwinCritic(nn.Module):
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat((obs, action), -1).expand(2, -1, -1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = (
-                torch.bmm(x.relu() if i else x, weight) + bias
-            )  # not baddbmm: compiled, sum and ReLU are one pass
+            # not baddbmm: compiled, sum and ReLU are one pass
+            x = torch.bmm(x.relu() if i else x, weight) + bias
         return x.squeeze(-1)
 
 

@@ -181,9 +181,8 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.policy_trunk = trunk(envs.obs_dim, hidden)
         self.value_trunk = self.policy_trunk if shared else trunk(envs.obs_dim, hidden)
-        self.policy_head = layer(
-            hidden[-1], envs.action_dim, 0.01
-        )  # near-uniform or near-zero-mean actions at the start
+        # near-uniform or near-zero-mean actions at the start
+        self.policy_head = layer(hidden[-1], envs.action_dim, 0.01)
         self.value_head = layer(hidden[-1], 1, 1.0)
         self.log_std = None if envs.discrete else nn.Parameter(torch.full((envs.action_dim,), log_std))
 
@@ -355,10 +354,8 @@ def trust_region_step(
     # The length is that of the KL itself, without damping
     step = (2 * delta / (x @ fisher(x)).clamp(min=torch.finfo(g.dtype).tiny)).sqrt() * x
     if not g @ step > torch.finfo(g.dtype).eps * batch.advantage.abs().mean():
-        return (
-            params,
-            log | unchanged,
-        )  # it promises less than L's own rounding: nothing is left to be learnt here
+        # it promises less than L's own rounding: nothing is left to be learnt here
+        return params, log | unchanged
     for tries in range(args.max_backtracks + 1):
         fraction = args.backtrack**tries
         candidate = params + fraction * step

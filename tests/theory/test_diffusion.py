@@ -147,9 +147,8 @@ def test_48_the_mean_of_a_perfect_denoiser_is_the_posteriors():
         x0, eps = torch.randn(2, 5, 3, generator=g, dtype=F64)
         x = schedule.signal[t] * x0 + schedule.noise[t] * eps
         mean, std = posterior(x0, x, t, schedule)
-        close(
-            step_mean(eps, x, torch.full((5,), t), schedule, "eps"), mean, rtol=1e-5, atol=1e-6
-        )  # float32 schedule
+        # float32 schedule
+        close(step_mean(eps, x, torch.full((5,), t), schedule, "eps"), mean, rtol=1e-5, atol=1e-6)
         close(schedule.sigma[t], std, rtol=1e-5)
 
 

@@ -9,9 +9,8 @@ from zoo.common.tokens import optimum
 from zoo.dpo import dpo_loss
 
 WORLD, REF = FIXED, FIXED.policy(1)
-FIRST, SECOND = (
-    x.flatten() for x in torch.meshgrid(torch.arange(27), torch.arange(27), indexing="ij")
-)  # all pairs
+# all pairs
+FIRST, SECOND = (x.flatten() for x in torch.meshgrid(torch.arange(27), torch.arange(27), indexing="ij"))
 
 
 def expected(table, chance_of_pair, reward, ref):

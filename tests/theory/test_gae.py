@@ -47,9 +47,8 @@ def form_b(batch, lam, remainder=True):
     left."""
     ended, found = batch[3] | batch[4], torch.zeros(T, N, dtype=F64)
     for t in range(T):
-        steps = torch.stack(
-            [n_step(*(x[t : t + k + 1] for x in batch), GAMMA)[0] for k in range(T - t)]
-        )  # A^(1), A^(2), ...
+        # A^(1), A^(2), ...
+        steps = torch.stack([n_step(*(x[t : t + k + 1] for x in batch), GAMMA)[0] for k in range(T - t)])
         for n in range(N):
             length = len(until_the_end(t, n, ended))
             weight = [(1 - lam) * lam**k for k in range(length)]
@@ -106,9 +105,8 @@ def test_19_lambda_return_expanded():
     for t in range(T):
         decay = (GAMMA * LAM) ** torch.arange(T - t, dtype=F64)[:, None]
         expanded = (decay * reward[t:]).sum(0) + (1 - LAM) * GAMMA * (decay * next_value[t:]).sum(0)
-        expanded += (
-            LAM * GAMMA * decay[-1] * next_value[-1]
-        )  # the sum's tail, which the data stand for by one V
+        # the sum's tail, which the data stand for by one V
+        expanded += LAM * GAMMA * decay[-1] * next_value[-1]
         close(found[t], expanded)
 
 
@@ -139,9 +137,8 @@ def test_19_time_limits_bootstrap_and_terminations_do_not():
         listing[t] = running = delta + GAMMA * LAM * ~done[t] * running
     found = gae(*batch, GAMMA, LAM)
     assert error(listing, found) > 0.2
-    close(
-        gae(reward, value, next_value, done, truncated & False, GAMMA, LAM), listing
-    )  # right where there is no time limit
+    # right where there is no time limit
+    close(gae(reward, value, next_value, done, truncated & False, GAMMA, LAM), listing)
     close(found[truncated], (reward + GAMMA * next_value - value)[truncated])
 
 

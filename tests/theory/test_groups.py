@@ -98,9 +98,8 @@ def test_43_the_standard_deviation_moves_the_optimum_of_a_kl_in_the_loss():
     found = []
     for std in (False, True):
         advantage = by_groups(WORLD, best, WORLD.reward(), std)
-        found.append(
-            WORLD.grpo_gradient(best, advantage, **settings | dict(beta=BETA / 2)).norm()
-        )  # 1 - 1/G of both
+        # 1 - 1/G of both
+        found.append(WORLD.grpo_gradient(best, advantage, **settings | dict(beta=BETA / 2)).norm())
     assert found[0] < 1e-9 and found[1] > 0.02
 
 
@@ -169,9 +168,8 @@ def test_45_in_a_large_group_it_is_exact():
     mean = (WORLD.chance(THETA) @ WORLD.steps).mean()
     to_go = (WORLD.steps - mean).flip(-1).cumsum(-1).flip(-1)
     close(WORLD.grpo_gradient(THETA, to_go), true, atol=1e-9)
-    pairs = torch.stack(
-        (WORLD.steps, 2 * mean - WORLD.steps), 1
-    )  # beside what makes the mean of the group that constant
+    # beside what makes the mean of the group that constant
+    pairs = torch.stack((WORLD.steps, 2 * mean - WORLD.steps), 1)
     found = process_advantages(pairs, torch.ones_like(pairs, dtype=torch.bool), std=False)[:, 0]
     close(found, to_go)
 

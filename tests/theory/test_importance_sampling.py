@@ -130,9 +130,8 @@ def test_22_causality_of_rewards_and_weights():
 def test_22_the_printed_product_counts_a_weight_twice():
     """S4 (2.10) and the head of A.1.2 start the inner product at t1, so that w_t1 is counted twice:
     biased."""
-    assert error(off_policy(inner_from=0), target_gradient()) == pytest.approx(
-        0.997, abs=0.001
-    )  # of the gradient's length
+    # of the gradient's length
+    assert error(off_policy(inner_from=0), target_gradient()) == pytest.approx(0.997, abs=0.001)
 
 
 def test_22_weights_after_the_action_cannot_be_dropped():

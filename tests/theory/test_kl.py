@@ -266,9 +266,8 @@ def test_29_k2_and_k3_in_the_reward():
     close(penalty(lambda log_ratio: torch.ones_like(log_ratio)), torch.zeros(4, dtype=F64))
     close(penalty(k3), REVERSE - FORWARD)
     for k in (k2, k3):
-        change = jacrev(lambda x: log_prob(x).exp())(PI) @ -penalty(
-            k
-        )  # d pi for a small step against the penalty
+        # d pi for a small step against the penalty
+        change = jacrev(lambda x: log_prob(x).exp())(PI) @ -penalty(k)
         assert (change > 0.01 * change.abs().max()).any() and (change < 0).any()
         assert error(penalty(k), REVERSE) > 0.3
 
@@ -283,9 +282,8 @@ def test_29_k2_and_k3_in_the_reward_vanish_near_the_reference():
             near = REF + distance * (PI - REF)
             shares.append((penalty(k, near).norm() / grad(categorical_kl)(near, REF).norm()).item())
         assert shares[0] < 0.1 and shares[2] < 0.001
-        assert shares[0] > 5 * shares[1] and shares[1] / shares[2] == pytest.approx(
-            10, rel=0.03
-        )  # in proportion to the distance
+        # in proportion to the distance
+        assert shares[0] > 5 * shares[1] and shares[1] / shares[2] == pytest.approx(10, rel=0.03)
 
 
 # two decisions, three tokens each; the second policy depends on the first token

@@ -205,9 +205,8 @@ def test_15_the_optimal_constant(returns):
     if returns == "total":
         norms = torch.einsum("tnp,tn->np", exact.scores(), exact.ALIVE.double()).norm(dim=1) ** 2
         p = exact.chances()
-        assert b == pytest.approx(
-            ((p * norms) @ return_[0] / (p @ norms)).item(), rel=1e-9
-        )  # as the notes print it
+        # as the notes print it
+        assert b == pytest.approx(((p * norms) @ return_[0] / (p @ norms)).item(), rel=1e-9)
 
 
 def one_step(b, theta):

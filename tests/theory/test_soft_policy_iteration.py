@@ -18,9 +18,8 @@ def soft_value(q, logits):
     log_pi = Categorical(logits.unsqueeze(-2).expand(*logits.shape, -1)).log_prob(
         torch.arange(3).expand(logits.shape)
     )
-    of_actions = sac.soft_value(
-        torch.stack((q, q + 1)), log_pi, torch.tensor(ALPHA)
-    )  # of the twin Qs it takes the lower
+    # of the twin Qs it takes the lower
+    of_actions = sac.soft_value(torch.stack((q, q + 1)), log_pi, torch.tensor(ALPHA))
     return (log_pi.exp() * of_actions).sum(-1)
 
 

@@ -63,9 +63,8 @@ def step_cartpole(env: Any, state: np.ndarray, action: np.ndarray, first: np.nda
 def step_mountain_car(env: Any, state: np.ndarray, action: np.ndarray, first: np.ndarray):
     """MountainCar: position and velocity."""
     position, velocity = state
-    pull = np.array(
-        [math.cos(angle) for angle in (3 * position).tolist()]
-    )  # the C library's, NumPy's may differ in the last bit
+    # the C library's, NumPy's may differ in the last bit
+    pull = np.array([math.cos(angle) for angle in (3 * position).tolist()])
     velocity += (action - 1) * env.force + pull * -env.gravity
     np.clip(velocity, -env.max_speed, env.max_speed, out=velocity)
     position += velocity

@@ -113,12 +113,10 @@ class _Compiled:
     def __init__(self, function: Callable, device: torch.device):
         options: dict[str, Any] = {"triton.cudagraphs": True}
         if device.type == "cpu":
-            options = {
-                "cpp_wrapper": True
-            }  # calls the kernels from C++: 180 us an update against 267 us from Python
-            os.environ.setdefault(
-                "TORCHINDUCTOR_COMPILE_THREADS", "1"
-            )  # no pool of compile processes beside a small run
+            # calls the kernels from C++: 180 us an update against 267 us from Python
+            options = {"cpp_wrapper": True}
+            # no pool of compile processes beside a small run
+            os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         self.eager = function
         self.name = getattr(function, "func", function).__name__  # of a partial, or of the function itself
         self.on_gpu = device.type == "cuda"
@@ -128,17 +126,14 @@ class _Compiled:
     def __call__(self, *args: Any) -> Any:
         try:
             result = self.call(*args)
-        except (
-            Exception
-        ) as error:  # whatever the toolchain raises; an error of the function's own is raised again by eager
-            result = self.eager(*args)
+        except Exception as error:  # whatever the toolchain raises
+            result = self.eager(*args)  # raises an error of the function's own again
             if not _Compiled.warned:
                 reason = " ".join(str(error).split())[:120]
                 if type(error).__name__ == "FailOnRecompileLimitHit":
                     reason = "a constant that it reads keeps changing; pass what changes as a tensor"
-                print(
-                    f"warning: torch.compile failed, running {self.name} eagerly ({reason})", file=sys.stderr
-                )
+                told = f"warning: torch.compile failed, running {self.name} eagerly ({reason})"
+                print(told, file=sys.stderr)
             _Compiled.warned = True
             self.call = self.eager
         # what a CUDA graph returned is overwritten by its next replay

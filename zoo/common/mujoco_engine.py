@@ -73,9 +73,8 @@ class MujocoVectorEnv(VectorEnv):
         fields = ("qpos", "qvel", "ctrl", *(name for name in self.task.derived if name != "cfrc_ext"))
         self.sim = SimpleNamespace(**{name: self.batch.bind(name) for name in fields})
         self.sim.cfrc_ext = np.zeros((num_envs, self.env.model.nbody, 6))
-        self.data = mujoco.MjData(
-            self.env.model
-        )  # where contact forces are computed, one environment after another
+        # where contact forces are computed, one environment after another
+        self.data = mujoco.MjData(self.env.model)
         self.generators = [np.random.default_rng() for _ in range(num_envs)]
         self.elapsed = np.zeros(num_envs, dtype=np.int64)
 
@@ -91,16 +90,14 @@ class MujocoVectorEnv(VectorEnv):
         return self.task.observe(self.env, self.v5, self.sim)[index]
 
     def _advance(self, action):
-        action = action.astype(
-            np.float32
-        )  # as Gymnasium's action space has it, and GymnasiumVectorEnv passes it
+        # as Gymnasium's action space has it, and GymnasiumVectorEnv passes it
+        action = action.astype(np.float32)
         before = None if self.task.track is None else self.task.track(self.env, self.sim).copy()
         self.sim.ctrl[:] = action
         self._call(self.batch.step, nstep=self.env.frame_skip)
         if self.with_forces:
-            for i in range(
-                self.num_envs
-            ):  # no batched call for it; this adds about a tenth to the step's time
+            # no batched call for it; this adds about a tenth to the step's time
+            for i in range(self.num_envs):
                 self.batch.get_data(i, self.data)
                 mujoco.mj_rnePostConstraint(self.env.model, self.data)
                 self.sim.cfrc_ext[i] = self.data.cfrc_ext

@@ -173,9 +173,8 @@ def judge_runner(track: Callable, healthy: Callable | None = None, double: bool 
     """
 
     def judge(env: Any, v5: bool, sim: SimpleNamespace, before: np.ndarray, action: np.ndarray):
-        gain = getattr(env, "_forward_reward_weight", 1.0) * (
-            (track(env, sim) - before) / env.dt
-        )  # Ant-v4 has no weight
+        # Ant-v4 has no weight
+        gain = getattr(env, "_forward_reward_weight", 1.0) * ((track(env, sim) - before) / env.dt)
         cost = env._ctrl_cost_weight * np.square(sim.ctrl if double else action).sum(axis=1)
         if healthy is None:
             return gain - cost, np.zeros(len(action), bool)

@@ -39,9 +39,8 @@ class ReplayBuffer:
 
     def __init__(self, slots: int, num_envs: int, obs_dim: int, action_dim: int, device: torch.device):
         def zeros(*shape: int, dtype: type = np.float32) -> Tensor:
-            return torch.from_numpy(np.zeros(shape, dtype)).to(
-                device
-            )  # NumPy's take no memory until written to, torch's do
+            # NumPy's take no memory until written to, torch's do
+            return torch.from_numpy(np.zeros(shape, dtype)).to(device)
 
         try:
             self.obs = zeros(slots + 1, num_envs, obs_dim)

@@ -29,9 +29,8 @@ class Target(Protocol):
 
 TARGETS: dict[str, Callable[[], Any]] = {"line": mixtures.line, "ring": mixtures.ring, "digits": digits.load}
 
-Mean = Callable[
-    [Tensor, Tensor, Tensor, Tensor], Tensor
-]  # params, x (B, d), t (B,), context (B,) to mu (B, d)
+# params, x (B, d), t (B,), context (B,) to mu (B, d)
+Mean = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def make_target(name: str) -> Any:

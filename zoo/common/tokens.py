@@ -110,9 +110,8 @@ class Count(Task):
     ):
         self.base, self.vocab, self.prompt_length, self.response_length = vocab, vocab + end_token, 2, length
         self.end = vocab if end_token else None
-        pairs = torch.cartesian_prod(
-            torch.arange(vocab), torch.arange(1, vocab)
-        )  # with b = 0 a policy need only repeat
+        # with b = 0 a policy need only repeat
+        pairs = torch.cartesian_prod(torch.arange(vocab), torch.arange(1, vocab))
         self.every_prompt = pairs[
             torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[:num_prompts]
         ]
@@ -268,9 +267,8 @@ def rank(reward: Tensor, temperature: float, error: float, generator: torch.Gene
 
 # --- evaluation ---------------------------------------------------------------------------------------------
 
-Write = Callable[
-    [Tensor, torch.Generator], tuple[Tensor, Tensor]
-]  # prompts (B, P) to responses, log-probabilities
+# prompts (B, P) to responses, log-probabilities
+Write = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
 LogProb = Callable[[Tensor, Tensor], Tensor]  # prompts (B, P), responses (B, L) to their tokens' (B, L)
 
 
