@@ -550,8 +550,12 @@ def test_interrupted_in_the_final_evaluation(tmp_path, monkeypatch, capfd):
 
 
 def test_without_a_process_ctrl_c_is_pythons_own(tmp_path):
-    with pytest.raises(KeyboardInterrupt) as interrupt:
-        train(Args(run_dir=str(tmp_path / "run"), stop_at=400))
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt) as interrupt:
+            train(Args(run_dir=str(tmp_path / "run"), stop_at=400))
+    finally:
+        signal.signal(signal.SIGINT, was)
     assert not isinstance(interrupt.value, Interrupted)
 
 
