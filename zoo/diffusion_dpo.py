@@ -20,7 +20,7 @@ Bradley-Terry model of the task's reward: the best x_0 is the tilt p_ref exp(r /
 the tasks `line` and `ring`.
 
     python zoo/diffusion_dpo.py                         S0 (33), the VLB's weights, noise shared by the pair
-    python zoo/diffusion_dpo.py --loss trajectory --total-steps 81920  nearer the tilt; on longer it overfits
+    python zoo/diffusion_dpo.py --loss trajectory --total-steps 81920   the log-ratio of whole chains
     python zoo/diffusion_dpo.py --loss notes35                         its path KL leaves all bounds
 """
 

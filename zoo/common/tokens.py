@@ -49,7 +49,7 @@ class Task:
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Prompts (count, P) of both kinds."""
-        raise NotImplementedError
+        raise NotImplementedError  # each task has its own
 
     def is_held_out(self, prompts: Tensor) -> Tensor:
         """(B,) whether a prompt belongs to the eighth that no training sees, by a hash of its tokens."""
@@ -65,7 +65,7 @@ class Task:
 
     def answer(self, prompt: Tensor) -> Tensor:
         """The best response (B, L)."""
-        raise NotImplementedError
+        raise NotImplementedError  # each task has its own
 
     def step_reward(self, prompt: Tensor, response: Tensor) -> Tensor:
         """What each token earns (B, L), 0 beyond the response's end; summed, the share of right tokens."""
