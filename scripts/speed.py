@@ -3,6 +3,7 @@
     python scripts/speed.py                           PPO on HalfCheetah-v4, 3 pairs of training runs
     python scripts/speed.py --agent trpo --env Hopper-v4 --pairs 5
     python scripts/speed.py --agent sac --steps 20480 --threads 2          two threads of torch on both sides
+    python scripts/speed.py --env CartPole-v1 --tuned                      the peer with RL Zoo's settings
     python scripts/speed.py --update                  PPO's pass over a batch, compiled against eager
     python scripts/speed.py --engine                  environments alone, against Gymnasium's SyncVectorEnv
 
@@ -53,6 +54,8 @@ class Args:
     """pairs of measurements"""
     threads: int = 1
     """CPU threads of torch, on both sides"""
+    tuned: bool = False
+    """give the peer RL Zoo's settings for the task (PPO on CartPole-v1) in place of its defaults"""
     peer_python: str = ""
     """Python interpreter that has Stable-Baselines3 (default: the one running this)"""
     update: bool = False
@@ -119,6 +122,7 @@ def theirs(args: Args, seed: int) -> Measured:
     command += ["--agent", args.agent, "--env", args.env, "--seed", str(seed), "--steps", str(args.steps)]
     command += ["--warm-step", str(args.steps // 10), "--threads", str(args.threads)]
     command += ["--eval-every", str(EVAL_EVERY), "--eval-episodes", str(EVAL_EPISODES)]
+    command += ["--tuned"] * args.tuned
     text, process, memory = run_child(command)
     timing = json.loads(text.splitlines()[-1])
     return Measured(timing["steps"] / timing["seconds"], process, memory)
@@ -133,6 +137,8 @@ def compare_training(args: Args) -> None:
         raise UsageError(
             f"--steps must be at least {10 * BATCH} (the first tenth is warm-up), not {args.steps}"
         )
+    if args.tuned and (args.agent, args.env) != ("ppo", "CartPole-v1"):
+        raise UsageError(f"--tuned knows PPO on CartPole-v1 only, not {args.agent} on {args.env}")
     make_single(args.env).close()
     package = PEER_PACKAGES[args.agent]
     try:
@@ -147,19 +153,21 @@ def compare_training(args: Args) -> None:
             "(or name a Python that has it: --peer-python)"
         )
     print(f"{args.agent}, {args.env}, {args.steps:,} steps, {os.cpu_count()} cores; zoo | {package}")
-    ratios = []
+    ratios, wholes = [], []
     for pair in range(1, args.pairs + 1):
         sides: list[Callable[[Args, int], Measured]] = [ours, theirs] if pair % 2 else [theirs, ours]
         measured = {side.__name__: side(args, pair) for side in sides}
         a, b = measured["ours"], measured["theirs"]
         ratios.append(a.sps / b.sps)
+        wholes.append(b.process / a.process)
         print(
             f"pair {pair}: {a.sps:,.0f} | {b.sps:,.0f} steps/s, ratio {ratios[-1]:.2f}; "
             f"first update after {a.first:.1f} s; whole process {a.process:.1f} | {b.process:.1f} s; "
             f"peak memory {a.memory:.0f} | {b.memory:.0f} MiB",
             flush=True,
         )
-    print(f"median ratio {statistics.median(ratios):.2f} [{min(ratios):.2f} .. {max(ratios):.2f}]")
+    for name, each in {"steps/s": ratios, "whole process": wholes}.items():
+        print(f"{name}: median ratio {statistics.median(each):.2f} [{min(each):.2f} .. {max(each):.2f}]")
 
 
 def alternate(sides: dict[str, Callable[[], float]], rounds: int) -> tuple[dict[str, float], list[float]]:
