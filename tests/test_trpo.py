@@ -54,9 +54,9 @@ def problem(discrete, obs=7, seed=0, advantage_of=None):
 def functions(forward):
     """What `trust_region_step` is given."""
     return dict(
-        gradient=partial(trpo.surrogate_gradient, forward),
+        gradient=partial(trpo.surrogate_gradient, forward, trpo.Args()),
         product=partial(trpo.fisher_product, forward),
-        evaluate=partial(trpo.surrogate, forward),
+        evaluate=partial(trpo.surrogate, forward, trpo.Args()),
     )
 
 
@@ -205,12 +205,12 @@ def test_a_rejected_search_leaves_the_policy_as_it_was(reason):
 
     def evaluate(candidate, batch):
         tried.append(candidate)
-        gain, metrics = trpo.surrogate(forward, candidate, batch)
+        gain, metrics = given["evaluate"](candidate, batch)
         if reason == "kl":
             return gain, metrics | {"kl": torch.tensor(0.0100001)}
         if reason == "surrogate":
             # no worse, but no better
-            return trpo.surrogate(forward, params, batch)[0], metrics | {"kl": torch.tensor(0.0)}
+            return given["evaluate"](params, batch)[0], metrics | {"kl": torch.tensor(0.0)}
         return (gain * torch.nan, metrics) if reason == "nan" else (gain, metrics)
 
     if reason == "no gradient":

@@ -68,6 +68,9 @@ class Args(RunArgs):
     gae_lambda: float = 0.95  # GAE's lambda: 0 trusts the critic (one-step TD), 1 the rewards (n-step)
     value_coef: float = 0.5  # weight of the value loss, c1
     entropy_coef: float = 0.0  # weight of the entropy bonus, c2
+    bound_coef: float = (
+        1.0  # weight of a penalty on means outside the action bounds in all of a batch's states
+    )
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
     shared_network: bool = False  # one trunk for policy and value instead of two
@@ -241,6 +244,18 @@ class Transitions(NamedTuple):
     return_: Tensor
 
 
+def outside(dist: Gaussian | Categorical) -> Tensor:
+    """How far means lie outside [-1, 1], squared, () summed over the dimensions where all of a batch's do.
+
+    There every sample is clipped to much the same action in every state, so that no reward tells the policy
+    to come back. Where some states are inside, the others may well want their bound, and nothing is added.
+    """
+    if isinstance(dist, Categorical):
+        return dist.logits.new_zeros(())
+    beyond = dist.mean.abs() - 1
+    return ((beyond > 0).all(0) * beyond**2).sum(-1).mean()
+
+
 def actor_critic_loss(
     params: Tensor, batch: Transitions, forward: Callable, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -252,7 +267,8 @@ def actor_critic_loss(
     entropy = dist.entropy().mean()
     metrics = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}
     metrics["effective_sample_size"] = effective_sample_size(ratio)
-    return pg_loss + args.value_coef * v_loss - args.entropy_coef * entropy, metrics
+    loss = pg_loss + args.value_coef * v_loss - args.entropy_coef * entropy + args.bound_coef * outside(dist)
+    return loss, metrics
 
 
 # --- the update ---------------------------------------------------------------------------------------------
@@ -379,7 +395,7 @@ def check(args: Args) -> None:
         at_least_1=("num_steps", "off_policy_epochs", "report_every", "hidden"),
         fractions=("gamma", "gae_lambda"),
         positive=("learning_rate", "max_grad_norm"),
-        finite=("value_coef", "entropy_coef", "log_std"),
+        finite=("value_coef", "entropy_coef", "bound_coef", "log_std"),
     )
 
 
@@ -402,6 +418,8 @@ def train(args: Args) -> float:
 
     load, iterate = loader(net), compile_function(iterate, device, args.compile)
     run = Run(args, "actor_critic", Evaluation(args, make_policy), engine=envs.engine)
+    if envs.discrete or not envs.bounded.all():
+        args.bound_coef = 0.0  # no bounds that a mean could leave
     generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "noise"))
     opt = new_adam(params) if args.optimizer == "adam" else new_rmsprop(params)
     obs_stats, return_stats = new_stats(envs.obs_dim, device=device), new_stats(device=device)

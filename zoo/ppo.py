@@ -73,6 +73,9 @@ class Args(RunArgs):
     value_clip: float | None = None  # keep V within this of its old value in the loss
     value_coef: float = 0.25  # weight of the value loss, c1
     entropy_coef: float = 0.0  # weight of the entropy bonus, c2
+    bound_coef: float = (
+        1.0  # weight of a penalty on means outside the action bounds in all of a batch's states
+    )
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
     shared_network: bool = False  # one trunk for policy and value instead of two
@@ -250,6 +253,18 @@ def value_loss(value: Tensor, old_value: Tensor, return_: Tensor, value_clip: fl
     return error.mean()
 
 
+def outside(dist: Gaussian | Categorical) -> Tensor:
+    """How far means lie outside [-1, 1], squared, () summed over the dimensions where all of a batch's do.
+
+    There every sample is clipped to much the same action in every state, so that no reward tells the policy
+    to come back. Where some states are inside, the others may well want their bound, and nothing is added.
+    """
+    if isinstance(dist, Categorical):
+        return dist.logits.new_zeros(())
+    beyond = dist.mean.abs() - 1
+    return ((beyond > 0).all(0) * beyond**2).sum(-1).mean()
+
+
 def ppo_loss(
     params: Tensor, batch: Batch, kl_coef: Tensor, forward, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -265,7 +280,8 @@ def ppo_loss(
     entropy = dist.entropy().mean()
     metrics = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}
     metrics["clipfrac"] = ((ratio - 1).abs() > args.clip).float().mean()
-    return pg_loss + args.value_coef * v_loss - args.entropy_coef * entropy, metrics
+    loss = pg_loss + args.value_coef * v_loss - args.entropy_coef * entropy + args.bound_coef * outside(dist)
+    return loss, metrics
 
 
 def approx_kl(net: ActorCritic, batch: Batch) -> Tensor:
@@ -416,7 +432,7 @@ def check(args: Args) -> None:
         at_least_1=("num_steps", "num_epochs", "minibatch_size", "hidden"),
         fractions=("gamma", "gae_lambda"),
         positive=("learning_rate", "clip", "max_grad_norm", "target_kl", "value_clip"),
-        finite=("kl_coef", "value_coef", "entropy_coef", "log_std"),
+        finite=("kl_coef", "value_coef", "entropy_coef", "bound_coef", "log_std"),
     )
     batch = args.num_envs * args.num_steps
     require(batch > 1, "--num-envs x --num-steps must be at least 2, for a batch to have a variance")
@@ -445,6 +461,8 @@ def train(args: Args) -> float:
     load = loader(net)
     improve_compiled = compile_function(partial(improve, forward, args), device, args.compile)
     run = Run(args, "ppo", Evaluation(args, make_policy), engine=envs.engine)
+    if envs.discrete or not envs.bounded.all():
+        args.bound_coef = 0.0  # no bounds that a mean could leave
     generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "noise"))
     obs_stats, return_stats = new_stats(envs.obs_dim, device=device), new_stats(device=device)
     kl_coef = torch.tensor(args.kl_coef, device=device)

@@ -68,6 +68,9 @@ class Args(RunArgs):
     value_learning_rate: float = 1e-3  # Adam's, for V
     value_epochs: int = 10  # passes over a batch to fit V
     minibatch_size: int = 512  # rows of a step of V's, and of the pieces of the policy's gradient
+    bound_coef: float = (
+        1.0  # weight of a penalty on means outside the action bounds in all of a batch's states
+    )
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
     shared_network: bool = False  # one trunk for policy and value instead of two
     log_std: float = -0.5  # a Gaussian policy's initial log standard deviation, in half action ranges
@@ -239,6 +242,23 @@ def policy_gradient(
 # --- losses -------------------------------------------------------------------------------------------------
 
 
+def outside(dist: Gaussian | Categorical) -> Tensor:
+    """How far means lie outside [-1, 1], squared, () summed over the dimensions where all of a batch's do.
+
+    There every sample is clipped to much the same action in every state, so that no reward tells the policy
+    to come back. Where some states are inside, the others may well want their bound, and nothing is added.
+    """
+    if isinstance(dist, Categorical):
+        return dist.logits.new_zeros(())
+    beyond = dist.mean.abs() - 1
+    return ((beyond > 0).all(0) * beyond**2).sum(-1).mean()
+
+
+def outside_gradient(forward: Callable, params: Tensor, obs: Tensor) -> Tensor:
+    """The gradient (P,) of `outside` by the parameters, over a batch's observations."""
+    return grad(lambda theta: outside(forward(theta, obs)[0]))(params)
+
+
 def score_loss(params: Tensor, obs: Tensor, action: Tensor, weight: Tensor, forward: Callable) -> Tensor:
     """sum_i weight_i log pi(a_i|s_i), whose gradient is the score sum."""
     return (weight * forward(params, obs)[0].log_prob(action)).sum()
@@ -398,7 +418,7 @@ def check(args: Args) -> None:
         at_least_1=("minibatch_size", "value_epochs", "report_every", "hidden"),
         fractions=("gamma",),
         positive=("learning_rate", "value_learning_rate"),
-        finite=("log_std",),
+        finite=("bound_coef", "log_std"),
     )
     require(
         args.baseline not in ("mean", "optimal") or args.num_envs > 1,
@@ -430,6 +450,8 @@ def train(args: Args) -> float:
         return sum(piece_scores(params, *piece) for piece in pieces(rows, args.minibatch_size))
 
     run = Run(args, "reinforce", Evaluation(args, make_policy), engine=envs.engine)
+    if envs.discrete or not envs.bounded.all():
+        args.bound_coef = 0.0  # no bounds that a mean could leave
     generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "noise"))
     obs_stats, return_stats = new_stats(envs.obs_dim, device=device), new_stats(device=device)
     state = run.restore(State(params, new_adam(params), new_adam(params), obs_stats, return_stats, generator))
@@ -447,6 +469,9 @@ def train(args: Args) -> float:
             gradient, advantage = policy_gradient(
                 partial(score_sum, params), seen, return_ / unit, value / unit, args
             )
+            if args.bound_coef:
+                rows = seen.obs[seen.alive]
+                gradient = gradient - args.bound_coef * outside_gradient(forward, params, rows)
             params, opt = adam(params, -gradient, opt, learning_rate)
             log = {"entropy": net.policy(seen.obs[seen.alive]).entropy().mean()}
             log |= {"grad_norm": gradient.norm(), "advantage_std": advantage[seen.alive].std(correction=0)}

@@ -73,6 +73,9 @@ class Args(RunArgs):
     learning_rate: float = 1e-3  # the critic's, Adam's
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # GAE's lambda: 0 trusts the critic (one-step TD), 1 the rewards (Monte Carlo)
+    bound_coef: float = (
+        1.0  # weight of a penalty on means outside the action bounds in all of a batch's states
+    )
     normalize_advantages: bool = True  # mean 0 and standard deviation 1 in each batch
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
     # initial log standard deviation of a Gaussian policy, in units of half the action range
@@ -242,21 +245,35 @@ def kl(old: Gaussian | Categorical, new: Gaussian | Categorical) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def surrogate(forward: Callable, params: Tensor, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """L, and at which KL; forward(params, obs) gives the distribution and V."""
+def outside(dist: Gaussian | Categorical) -> Tensor:
+    """How far means lie outside [-1, 1], squared, () summed over the dimensions where all of a batch's do.
+
+    There every sample is clipped to much the same action in every state, so that no reward tells the policy
+    to come back. Where some states are inside, the others may well want their bound, and nothing is added.
+    """
+    if isinstance(dist, Categorical):
+        return dist.logits.new_zeros(())
+    beyond = dist.mean.abs() - 1
+    return ((beyond > 0).all(0) * beyond**2).sum(-1).mean()
+
+
+def surrogate(
+    forward: Callable, args: Args, params: Tensor, batch: PolicyBatch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L less the penalty on means outside, and at which KL; forward(params, obs) gives distribution and V."""
     dist = forward(params, batch.obs)[0]
     ratio = (dist.log_prob(batch.action) - batch.old.log_prob(batch.action)).exp()
-    return (ratio * batch.advantage).mean(), {
+    return (ratio * batch.advantage).mean() - args.bound_coef * outside(dist), {
         "kl": kl(batch.old, dist).mean(),
         "entropy": dist.entropy().mean(),
     }
 
 
 def surrogate_gradient(
-    forward: Callable, params: Tensor, batch: PolicyBatch
+    forward: Callable, args: Args, params: Tensor, batch: PolicyBatch
 ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
     """The gradient of L (P,), and what `surrogate` returns."""
-    return grad_and_value(partial(surrogate, forward), has_aux=True)(params, batch)
+    return grad_and_value(partial(surrogate, forward, args), has_aux=True)(params, batch)
 
 
 def value_fit_loss(forward: Callable, params: Tensor, obs: Tensor, return_: Tensor) -> Tensor:
@@ -496,7 +513,7 @@ def check(args: Args) -> None:
         ),
         fractions=("gamma", "gae_lambda", "cg_tolerance"),
         positive=("delta", "learning_rate"),
-        finite=("log_std",),
+        finite=("bound_coef", "log_std"),
     )
     require(
         0 <= args.damping < float("inf"), f"--damping must be a number of at least 0, not {args.damping:g}"
@@ -526,10 +543,13 @@ def train(args: Args) -> float:
     def forward(params, obs):
         return functional_call(net, unflatten(params), (obs,))
 
-    pure = (partial(f, forward) for f in (surrogate_gradient, fisher_product, surrogate))
-    gradient, product, evaluate = (compile_function(f, device, args.compile) for f in pure)
-    fit, load = compile_function(partial(fit_critic, forward, args), device, args.compile), loader(net)
+    product = compile_function(partial(fisher_product, forward), device, args.compile)
+    pure = (partial(f, forward, args) for f in (surrogate_gradient, surrogate, fit_critic))
+    gradient, evaluate, fit = (compile_function(f, device, args.compile) for f in pure)
+    load = loader(net)
     run = Run(args, "trpo", Evaluation(args, make_policy), engine=envs.engine)
+    if envs.discrete or not envs.bounded.all():
+        args.bound_coef = 0.0  # no bounds that a mean could leave
     generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "noise"))
     obs_stats, return_stats = new_stats(envs.obs_dim, device=device), new_stats(device=device)
     state = run.restore(State(params, new_adam(params), obs_stats, return_stats, generator))

@@ -41,7 +41,8 @@ def surrogates(mdp, logits_old, normalised=False):
 
     def trust_region(logits):
         batch = trpo.PolicyBatch(state, action, trpo.Categorical(old.logits), advantage * scale)
-        return trpo.surrogate(lambda x, s: (trpo.Categorical(x[0][s]), None), logits, batch)[0]
+        policy = lambda x, s: (trpo.Categorical(x[0][s]), None)  # noqa: E731
+        return trpo.surrogate(policy, trpo.Args(), logits, batch)[0]
 
     return {"unclipped": clipped("unclipped"), "clip": clipped("clip"), "trpo": trust_region}
 
