@@ -231,8 +231,8 @@ def advantages(reward: Tensor, alive: Tensor, args: Args) -> Tensor:
     those that go on would depend on how many do.
     """
     if args.advantage == "process":
-        of_groups = (x.T.unflatten(0, (-1, args.group_size)) for x in (reward, alive))
-        return process_advantages(*of_groups, args.std).flatten(0, 1).T
+        rewards, mask = (x.T.unflatten(0, (-1, args.group_size)) for x in (reward, alive))
+        return process_advantages(rewards, mask, args.std).flatten(0, 1).T
     return_ = returns_to_go(reward, alive, torch.zeros_like(reward[0]), args.gamma)
     compared = return_[:1] if args.advantage == "outcome" else return_
     return group_advantages(compared.reshape(-1, args.group_size), args.std).view_as(compared) * alive
