@@ -338,7 +338,7 @@ def test_a_finished_run_is_the_start_and_the_reference(tmp_path, capsys):
     assert torch.equal(saved["ref"], before["params"]) and not torch.equal(saved["params"], before["params"])
     assert all(torch.equal(saved["ref_stats"][name], x) for name, x in before["obs_stats"].items())
     assert saved["obs_stats"]["count"] > before["obs_stats"]["count"]
-    with pytest.raises(UsageError, match=r"--reference .*first: its policy has 114 .* this one 58;.*--hidden"):
+    with pytest.raises(UsageError, match=r"--reference .*first: its policy has 114 .* 58; give the --hidden"):
         grpo.train(replace(args, run_dir=None, hidden=(8,)))
     with pytest.raises(UsageError, match=r"--reference .*nowhere: no such folder"):
         grpo.train(replace(args, run_dir=None, reference=str(tmp_path / "nowhere")))
