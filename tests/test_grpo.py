@@ -252,12 +252,14 @@ def test_ungrouped_every_environment_has_a_seed_of_its_own(tmp_path, batches):
     )
 
 
-def test_steps_are_those_of_the_episodes(tmp_path, monkeypatch):
-    """The script of probes.py from even seeds: two steps each, and both together are a batch."""
-    monkeypatch.setattr(grpo, "env_seeds", lambda seed, purpose, count, *index: [2] * count)
-    grpo.train(small(tmp_path, "probe/Scripted-v0", num_envs=2, group_size=2, total_steps=7))
-    assert [row["step"] for row in rows(tmp_path)] == ["4", "8"]
-    assert rows(tmp_path)[0]["train_length"] == "2" and rows(tmp_path)[0]["train_return"] == "3"
+@pytest.mark.parametrize(("ungrouped", "batch"), [(False, 4), (True, 3)])
+def test_steps_are_those_of_the_episodes(tmp_path, monkeypatch, ungrouped, batch):
+    """The script of probes.py: two steps from an even seed, one from an odd one, and then the waiting."""
+    monkeypatch.setattr(grpo, "env_seeds", lambda seed, purpose, count, *index: list(range(2, 2 + count)))
+    args = small(tmp_path, "probe/Scripted-v0", num_envs=2, group_size=2, total_steps=5, ungrouped=ungrouped)
+    grpo.train(args)
+    assert [int(row["step"]) for row in rows(tmp_path)] == [batch, 2 * batch]
+    assert float(rows(tmp_path)[0]["train_length"]) == batch / 2
 
 
 def test_the_learning_rate_falls(tmp_path):
@@ -402,27 +404,32 @@ def test_cartpole_is_learnt(tmp_path):
 
 
 class Unseeded(probes.RandomSign):
-    """Draws its start from a generator of its own, whatever the seed; `once`: seeded the first time only."""
+    """Draws its start from a generator of its own, whatever the seed; `Once`: seeded at the first reset only;
+    `Fixed`: every copy has one start.
+    """
 
-    def __init__(self, once=False):
-        self.once, self.own = once, np.random.default_rng()
+    def __init__(self, kind=""):
+        self.kind, self.own = kind, np.random.default_rng()
+        self.obs = self.own.normal()
 
     def reset(self, *, seed=None, options=None):
-        if self.once and seed is not None:
-            self.own, self.once = np.random.default_rng(seed), False
-        self.obs = self.own.normal()
+        if self.kind == "Once" and seed is not None:
+            self.own, self.kind = np.random.default_rng(seed), ""
+        if self.kind != "Fixed":
+            self.obs = self.own.normal()
         return self.see(), {}
 
     def step(self, action):
         return self.see(), 1.0, True, False, {}
 
 
-for once in (False, True):
-    gym.register(f"probe/Unseeded{'Once' * once}-v0", Unseeded, kwargs=dict(once=once))
+for kind in ("", "Once", "Fixed"):
+    gym.register(f"probe/Unseeded{kind}-v0", Unseeded, kwargs=dict(kind=kind))
 
 
-@pytest.mark.parametrize("env", ["probe/Unseeded-v0", "probe/UnseededOnce-v0"])
-def test_a_reset_that_ignores_its_seed_is_refused(tmp_path, env):
+@pytest.mark.parametrize("kind", ["", "Once", "Fixed"])
+def test_a_reset_that_ignores_its_seed_is_refused(tmp_path, kind):
+    env = f"probe/Unseeded{kind}-v0"
     with pytest.raises(UsageError, match=rf"--env {env}: its reset ignores the seed.*--ungrouped"):
         grpo.train(small(tmp_path / "run", env))
     assert not (tmp_path / "run").exists()
