@@ -98,6 +98,12 @@ SUITES: dict[str, list[Entry]] = {
         Entry("sac", "Hopper-v4", THREE),
         Entry("sac", "Walker2d-v4", THREE),
     ],
+    "grpo": [
+        Entry("grpo", "CartPole-v1", FIVE),
+        Entry("grpo", "Pendulum-v1", FIVE),
+        Entry("grpo", "Acrobot-v1", FIVE),
+        Entry("grpo", "HalfCheetah-v4", FIVE),
+    ],
 }
 
 # runs share the machine: more threads would only slow each other down

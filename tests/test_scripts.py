@@ -25,7 +25,7 @@ import torch
 import watch
 
 import zoo.common.device
-from zoo import actor_critic, ppo, reinforce, sac, trpo
+from zoo import actor_critic, grpo, ppo, reinforce, sac, trpo
 from zoo.common.args import RunArgs
 from zoo.common.errors import UsageError
 from zoo.common.files import load_checkpoint, save_checkpoint
@@ -503,9 +503,10 @@ def call(module, monkeypatch, *argv):
         (trpo, dict(num_steps=32, total_steps=256, minibatch_size=64)),
         (actor_critic, dict(num_steps=4, total_steps=256)),
         (reinforce, dict(total_steps=800)),
+        (grpo, dict(total_steps=800, group_size=2)),
         (sac, dict(total_steps=200, random_steps=100, batch_size=8, hidden=(8, 8))),
     ],
-    ids=["ppo", "trpo", "actor_critic", "reinforce", "sac"],
+    ids=["ppo", "trpo", "actor_critic", "reinforce", "grpo", "sac"],
 )
 def test_evaluate_repeats_the_final_evaluation_of_the_run(tmp_path, monkeypatch, capsys, agent, changes):
     """So agent.pt, as make_policy reads it, acts like the policy that train evaluated."""

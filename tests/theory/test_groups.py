@@ -1,13 +1,20 @@
-"""Group-relative policy optimisation: items 43 to 46; expectations over all groups of two responses."""
+"""Group-relative policy optimisation: items 43 to 46; expectations over all groups of two responses, and of
+episodes of the tiny MDP.
+"""
 
 from functools import partial
+from itertools import product
 
+import pytest
+import tiny_mdp
 import torch
-from exact import F64, close, cosine, error
+from exact import ACTION, ALIVE, ALL, F64, REWARD, STATE, chances, close, cosine, error
 from sequences import BETA, ENDING, FIXED
 from torch.func import grad
 
+from zoo import grpo
 from zoo.common.tokens import gap
+from zoo.grpo import Steps, group_loss, step_weights
 from zoo.grpo_tokens import group_advantages, process_advantages
 
 WORLD, THETA, REF = FIXED, FIXED.policy(0), FIXED.policy(1)
@@ -185,3 +192,238 @@ def test_46_without_the_standard_deviation_the_direction_is_the_objectives():
     )
     close(plain, true / 2, atol=1e-9)
     assert cosine(divided, true) < 0.99 and error(divided, true / 2) > 0.1
+
+
+# --- control: groups of episodes from one reset seed (zoo/grpo.py), all seeds and all that can be done ------
+
+# What nature draws, in cells between which no transition of the tiny MDP tells apart: the start and three
+# numbers in [0, 1).
+EDGES = torch.tensor([0.0, 0.4, 0.5, 0.7, 0.8, 1.0], dtype=F64)
+CELLS, PLANS = range(len(EDGES) - 1), list(product((0, 1), repeat=tiny_mdp.HORIZON))  # actions, chosen ahead
+SEEDS = list(product((0, 1), *[CELLS] * tiny_mdp.HORIZON))
+LOG_2 = torch.tensor(2.0, dtype=F64).log()  # an action after the end is one of two, and changes nothing
+OF_SEED = torch.stack([tiny_mdp.START[s] * EDGES.diff()[list(cells)].prod() for s, *cells in SEEDS])
+
+
+def play(seed, plan):
+    """States, rewards and aliveness (3,) each of these actions from that seed; 99 is paid after the end."""
+    state, *cells = seed
+    states, reward, alive = [], [], []
+    for cell, action in zip(cells, plan, strict=True):
+        alive.append(state != 2)
+        states.append(state if state != 2 else 0)
+        reward.append(tiny_mdp.REWARD[state, action].item() if state != 2 else 99.0)
+        if state != 2:
+            middle = (EDGES[cell] + EDGES[cell + 1]) / 2
+            state = int((tiny_mdp.P[state, action].cumsum(0) < middle).sum())
+    return states, reward, alive
+
+
+PLAYED = [[play(seed, plan) for plan in PLANS] for seed in SEEDS]
+STATES, REWARDS, LIVING = (
+    torch.tensor([[played[k] for played in row] for row in PLAYED], dtype=kind).permute(2, 0, 1)
+    for k, kind in enumerate((torch.int64, F64, torch.bool))
+)  # (3, seeds, plans)
+ACTIONS = torch.tensor(PLANS).T[:, None].expand_as(STATES)
+
+
+class Grouped:
+    """Every group of `size` episodes of every seed, side by side: (3, N) each, N = seeds x plans^size x size.
+
+    `chance` (N / size,) is a group's.
+    """
+
+    def __init__(self, size, theta=tiny_mdp.THETA, reward=REWARDS):
+        members = torch.tensor(list(product(range(len(PLANS)), repeat=size)))
+        self.size, self.theta = size, theta
+        self.state, self.action, self.alive, self.reward = (
+            x[:, :, members].flatten(1) for x in (STATES, ACTIONS, LIVING, reward)
+        )
+        log_pi = theta.view(2, 2).log_softmax(-1)[STATES, ACTIONS]
+        of_plan = torch.where(LIVING, log_pi, -LOG_2).sum(0).exp()
+        self.chance = (OF_SEED[:, None] * of_plan[:, members].prod(-1)).flatten()
+
+    def gradient(self, advantage, length="batch"):
+        """What zoo/grpo.py ascends: the mean over groups, and in them over episodes, of sums over steps."""
+        old = self.forward(self.theta, self.state).log_prob(self.action)
+        weight = self.chance.repeat_interleave(self.size) / self.size * step_weights(self.alive, length)
+        columns = (self.state, self.action, old, old, advantage, weight)
+        steps = Steps(*(x[self.alive] for x in columns))
+        loss = lambda x: group_loss(x, steps, self.forward, grpo.Args())[0]  # noqa: E731
+        return -grad(loss)(self.theta) * len(steps.obs)  # the loss is a mean over steps
+
+    def advantages(self, **args):
+        return grpo.advantages(self.reward, self.alive, grpo.Args(group_size=self.size, **args))
+
+    @staticmethod
+    def forward(theta, state):
+        return grpo.Categorical(theta.view(-1, 2)[state])
+
+    def sampled(self, advantage):
+        """Each group's own estimate (N / size, 4)."""
+        score = tiny_mdp.score(self.state.flatten(), self.action.flatten()).view(*self.state.shape, 4)
+        return ((advantage * self.alive)[..., None] * score).sum(0).view(-1, self.size, 4).mean(1)
+
+    def variance(self, advantage):
+        """That of one group's estimate, summed over parameters."""
+        found = self.sampled(advantage)
+        return (self.chance @ found**2 - (self.chance @ found) ** 2).sum().item()
+
+
+PAIRS = Grouped(2)
+
+
+def test_43_a_seed_and_what_is_done_make_an_episode():
+    """The check of the enumeration: episodes of all seeds have the chances that the tiny MDP gives them."""
+    close(PAIRS.chance.sum(), torch.tensor(1.0, dtype=F64))
+    returns = torch.where(PAIRS.alive, PAIRS.reward, 0).sum(0)
+    every = PAIRS.chance.repeat_interleave(2) / 2
+    of_mdp = torch.tensor([tiny_mdp.total(t, 1.0) for t in ALL], dtype=F64)
+    for power in (1, 2, 3):
+        close(every @ returns**power, chances() @ of_mdp**power)
+
+
+@pytest.mark.parametrize("advantage", ["outcome", "to-go"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_43_a_group_of_episodes_from_one_seed_has_the_gradient_times_1_less_1_over_g(size, advantage):
+    """S4 (3.12) on control, E over seeds and actions: they share start and noise, and the mean of the group
+    is still a baseline; with the episode itself in it, the gradient's length is 1 - 1/G of the true one's.
+    To-go keeps the direction because an episode that has ended counts as 0.
+    """
+    groups = Grouped(size)
+    found = groups.gradient(groups.advantages(advantage=advantage))
+    close(found, (1 - 1 / size) * tiny_mdp.exact_gradient(1.0))
+    if advantage == "outcome":
+        discounted = groups.gradient(groups.advantages(advantage=advantage, gamma=0.7))
+        close(discounted, (1 - 1 / size) * tiny_mdp.exact_gradient(0.7))
+
+
+def test_43_a_mean_over_those_still_alive_is_no_baseline():
+    """To-go less the mean of the episodes that go on: what is left of an action's credit depends on how many
+    there are, and the direction is another one.
+    """
+    to_go = torch.where(PAIRS.alive, PAIRS.reward, 0).flip(0).cumsum(0).flip(0)
+    pairs, alive = (x.view(3, -1, 2) for x in (to_go, PAIRS.alive))
+    mean = (pairs * alive).sum(-1, keepdim=True) / alive.sum(-1, keepdim=True).clamp(min=1)
+    found = PAIRS.gradient(((pairs - mean) * alive).view(3, -1))
+    assert cosine(found, tiny_mdp.exact_gradient(1.0)) < 1 - 1e-4  # where equal directions have 1 - 1e-16
+
+
+def test_43_what_the_seed_decides_cancels_in_a_group():
+    """What a group is for. A bonus for where the episode begins leaves every group's estimate as it was, and
+    adds to the variance of unrelated episodes, of the same expectation. Where the seed decides little a group
+    gains nothing: without the bonus its variance is not even the smaller one.
+    """
+    n = len(ALL)
+    i, j = (x.flatten() for x in torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij"))
+    pairs = torch.stack((i, j), 1).flatten()
+    bonus = torch.tensor([0.0, 20.0], dtype=F64)
+    found = {}
+    for which in ("shared", "unrelated"):
+        groups = Grouped(2)
+        if which == "unrelated":
+            groups.chance = chances()[i] * chances()[j]
+            groups.state, groups.action, groups.reward, groups.alive = (
+                x[:, pairs] for x in (STATE.clamp(max=1), ACTION, REWARD, ALIVE)
+            )
+        plain = groups.advantages()
+        groups.reward = torch.cat((groups.reward[:1] + bonus[groups.state[:1]], groups.reward[1:]))
+        paid = groups.advantages()
+        close(groups.gradient(plain), tiny_mdp.exact_gradient(1.0) / 2)
+        found[which] = plain, paid, groups.variance(plain), groups.variance(paid)
+    plain, paid, *variances = found["shared"]
+    close(plain, paid)
+    assert found["unrelated"][3] > 3 * variances[1] and found["unrelated"][2] < variances[0]
+
+
+class Answer:
+    """Right or wrong with the first action, then any number of steps that change nothing: states 0 (asked),
+    1 (was right), 2 (was wrong), in which action 1 stops; at most 5 steps. All pairs of episodes, as Grouped.
+    """
+
+    THETA = torch.tensor([0.4, -0.1, 0.3, -0.2, 0.1, 0.0], dtype=F64)
+
+    def __init__(self):
+        episodes = [(first, steps) for first in (0, 1) for steps in range(2, 6)]  # steps in all
+        cut = {5: [0]}  # the last one may go on or stop
+        plans = [
+            (first, [first, *[0] * (n - 2), last]) for first, n in episodes for last in (1, *cut.get(n, ()))
+        ]
+        rows = [([0] + [1 + first] * (len(acts) - 1), acts, [1.0 - first]) for first, acts in plans]
+        fill = lambda x: [*x, *[0] * (5 - len(x))]  # noqa: E731
+        state, action = (torch.tensor([fill(row[k]) for row in rows]).T for k in (0, 1))
+        reward = torch.tensor([fill(row[2]) for row in rows], dtype=F64).T
+        self.length = torch.tensor([len(row[1]) for row in rows])
+        alive = torch.arange(5)[:, None] < self.length
+        self.right = reward[0]
+        self.one = (state, action, alive)
+        n = len(rows)
+        pairs = torch.stack(torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij"), -1)
+        grouped = Grouped.__new__(Grouped)
+        grouped.size, grouped.theta = 2, self.THETA
+        grouped.state, grouped.action, grouped.alive, grouped.reward = (
+            x[:, pairs.flatten()] for x in (state, action, alive, reward)
+        )
+        chance = self.chance(self.THETA)
+        close(chance.sum(), torch.tensor(1.0, dtype=F64))
+        grouped.chance = (chance[:, None] * chance).flatten()
+        self.grouped = grouped
+
+    def chance(self, theta):
+        state, action, alive = self.one
+        log_prob = Grouped.forward(theta, state).log_prob(action)
+        return (log_prob * alive).sum(0).exp()
+
+    def mean_length(self, theta, which):
+        weight = self.chance(theta) * which
+        return (weight * self.length).sum() / weight.sum()
+
+
+def test_44_one_over_the_length_shortens_good_episodes_and_lengthens_bad_ones():
+    """arXiv:2503.20783 on control: the return does not depend on how long an episode lasts, and the gradient
+    leaves that alone. Divided by the length, a step makes good episodes shorter and bad ones longer.
+    """
+    task = Answer()
+    advantage = task.grouped.advantages()
+    for length, moved in (("batch", False), ("episode", True)):
+        step = task.grouped.gradient(advantage, length)
+        shorter, longer = (
+            grad(task.mean_length)(task.THETA, which) @ step for which in (task.right, 1 - task.right)
+        )
+        if moved:
+            assert shorter < -1e-3 and longer > 1e-3
+        else:
+            close(torch.stack((shorter, longer)), torch.zeros(2, dtype=F64))
+            true = grad(lambda x: task.chance(x) @ task.right)(task.THETA)
+            close(step, true / 2)
+
+
+def test_45_comparing_steps_is_another_objective_where_lengths_differ():
+    """The mean reward of a step, taken off each step, is a baseline only among episodes of one length: in a
+    large group it is the gradient of E[sum_t (r_t - m)], which is nothing where all steps pay the same.
+    """
+    true = tiny_mdp.exact_gradient(1.0)
+    found = PAIRS.gradient(PAIRS.advantages(advantage="process"))
+    assert cosine(found, true) < 0.999 and cosine(PAIRS.gradient(PAIRS.advantages()), true) > 1 - 1e-12
+    alive = PAIRS.alive.to(F64)
+    mean = 2.0
+    to_go = ((PAIRS.reward - mean) * alive).flip(0).cumsum(0).flip(0)
+    less = tiny_mdp.exact_gradient(1.0) - mean * grad(lambda x: chances(x) @ ALIVE.to(F64).sum(0))(
+        tiny_mdp.THETA
+    )
+    close(PAIRS.gradient(to_go), less)
+    # the same through process_advantages: beside an episode that makes the mean of the group that constant
+    beside = torch.stack((PAIRS.reward.T, 2 * mean - PAIRS.reward.T), 1)
+    both = PAIRS.alive.T[:, None].expand(-1, 2, -1)
+    close(grpo.process_advantages(beside, both, std=False)[:, 0].T, to_go)
+    ones = Grouped(2, reward=torch.ones_like(REWARDS))
+    assert ones.gradient(ones.advantages()).norm() > 0.01
+    close(ones.gradient(ones.advantages(advantage="process")), torch.zeros(4, dtype=F64))
+
+
+def test_46_on_control_too_the_standard_deviation_turns_the_direction():
+    """It weighs seeds: those where little is at stake count as much as the others."""
+    true = tiny_mdp.exact_gradient(1.0)
+    plain, divided = (PAIRS.gradient(PAIRS.advantages(std=std)) for std in (False, True))
+    close(plain, true / 2)
+    assert cosine(divided, true) < 0.9995
