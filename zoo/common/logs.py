@@ -5,6 +5,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -24,14 +25,16 @@ class Logs:
         self._open = contextlib.ExitStack()
         self.table = Table(folder / "progress.csv", COLUMNS, last_step=step)
         self._open.callback(self.table.close)
+        self._tracked: Any = None  # the run at Weights & Biases
         if args.track:
             import wandb
 
-            wandb.init(
+            # it could read TensorBoard's files, but reads them thrice where it writes into their folder
+            self._tracked = wandb.init(
                 project=args.track_project, name=folder.name, id=folder.name, resume="allow", dir=str(folder),
-                config=dataclasses.asdict(args), sync_tensorboard=True,
+                config=dataclasses.asdict(args),
             )  # fmt: skip
-            self._open.callback(wandb.finish)
+            self._open.callback(self._tracked.finish)
         # half a second, spared to those who import this file only
         from torch.utils.tensorboard import SummaryWriter
 
@@ -78,3 +81,5 @@ class Logs:
 
         values = [Summary.Value(tag=key, simple_value=value) for key, value in scalars.items()]
         self._writer._get_file_writer().add_summary(Summary(value=values), step)
+        if self._tracked:
+            self._tracked.log({**scalars, "global_step": step})
