@@ -754,6 +754,18 @@ def test_track_without_wandb(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_track_without_an_account(tmp_path, monkeypatch, capsys):
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**_):  # as without a key and a terminal to ask for it
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    status, lines = command_line(monkeypatch, capsys, "--track", "--run-dir", tmp_path / "run")
+    advice = "WANDB_MODE=offline keeps what is logged in the run's folder"
+    assert (status, lines) == (2, [f"error: --track: No API key configured. {advice}"])
+
+
 def test_track_offline(tmp_path, monkeypatch):
     """What TensorBoard gets, Weights & Biases gets once."""
     wandb = pytest.importorskip("wandb")
