@@ -36,7 +36,7 @@ class Integrator(gym.Env):
 
 
 class Heating(gym.Env):
-    """A room of 293 K or so in the cold; seen: its temperature, the wished for, and that outside, in kelvin."""
+    """A room in the cold; seen are its temperature, the wished for, and that outside, in kelvin."""
 
     observation_space = Box(200.0, 400.0, (3,))
     action_space = Box(0.0, 1.0, (1,))  # share of the heating's power
@@ -56,7 +56,7 @@ class Heating(gym.Env):
 
 
 class Wind(gym.Env):
-    """A stick on its foot, pushed by gusts and, at will, to the left or right; angle and its speed are seen."""
+    """A stick on its foot in gusts, to be pushed left or right; angle and its speed are seen."""
 
     observation_space = Box(-np.inf, np.inf, (2,))
     action_space = Discrete(3)
@@ -124,6 +124,6 @@ class Target(gym.Env):
         return np.concatenate((self.place, self.target)).astype(np.float32)
 
 
-LENGTHS = {Integrator: 200, Heating: 100, Wind: 500, Maze: 100, Target: 50}
-for task, steps in LENGTHS.items():
-    gym.register(f"{task.__name__}-v0", task, max_episode_steps=steps)
+LENGTHS = dict(Integrator=200, Heating=100, Wind=500, Maze=100, Target=50)
+for name, steps in LENGTHS.items():
+    gym.register(f"{name}-v0", f"{__name__}:{name}", max_episode_steps=steps)

@@ -17,19 +17,20 @@ import shlex
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import own_tasks
 
 from zoo import ppo
+from zoo.common.args import lookup_in
 from zoo.common.cli import parse
 from zoo.common.envs import make_envs
 from zoo.common.evaluate import evaluate
 
 RESULTS = Path(__file__).parents[1] / "results" / "own_tasks" / "ppo.csv"
 COLUMNS = ("task", "side", "seed", "eval_return", "eval_std", "seconds", "arguments")
-TASKS = [task.__name__ for task in own_tasks.LENGTHS]
+TASKS = list(own_tasks.LENGTHS)
 STEPS, EPISODES = 100_000, 50
 
 
@@ -37,9 +38,11 @@ def run_zoo(env_id: str, seed: int, arguments: str) -> tuple[float, float]:
     """Mean and standard deviation of the final evaluation."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
-        given = f"--env {env_id} --seed {seed} --total-steps {STEPS} --eval-every 0 --eval-episodes {EPISODES}"
+        given = (
+            f"--env {env_id} --seed {seed} --total-steps {STEPS} --eval-every 0 --eval-episodes {EPISODES}"
+        )
         argv = [*shlex.split(given), "--run-dir", str(folder), "--no-progress", *shlex.split(arguments)]
-        ppo.train(parse(ppo.Args, lambda env: ppo.SETTINGS.get(env, {}), argv))
+        ppo.train(parse(ppo.Args, lookup_in(ppo.Args), argv))
         with open(folder / "progress.csv", newline="") as file:
             last = list(csv.DictReader(file))[-1]
         return float(last["eval_return"]), float(last["eval_std"])
@@ -55,13 +58,13 @@ def run_sb3(env_id: str, seed: int) -> tuple[float, float]:
     model = PPO("MlpPolicy", make_vec_env(env_id, 8, seed=seed), n_steps=256, device="cpu", seed=seed)
     model.learn(STEPS)
     envs = make_envs(env_id, EPISODES)
-    box = not envs.discrete
-    low, high = (model.action_space.low, model.action_space.high) if box else (0, 0)
+    space: Any = model.action_space
+    low, high = (0, 0) if envs.discrete else (space.low, space.high)
 
     def policy(obs: np.ndarray) -> np.ndarray:
         actions = model.predict(obs.astype(np.float32), deterministic=True)[0]
         # `envs` take actions in [-1, 1], the model has learnt the task's own
-        return 2 * (actions - low) / (high - low) - 1 if box else actions
+        return actions if envs.discrete else 2 * (actions - low) / (high - low) - 1
 
     returns, _ = evaluate(policy, envs, EPISODES, seed)
     envs.close()

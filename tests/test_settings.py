@@ -7,7 +7,7 @@ import sys
 import gymnasium as gym
 import pytest
 
-from zoo import actor_critic, ppo, reinforce, sac, trpo
+from zoo import actor_critic, ddpo, diffusion_dpo, dpo, grpo_tokens, ppo, reinforce, rlhf, sac, trpo
 from zoo.common.args import flag, settings, settings_for
 from zoo.common.cli import parse
 from zoo.common.envs import make_single
@@ -104,6 +104,16 @@ def test_every_argument_is_explained(agent, capsys, monkeypatch):
     for field in dataclasses.fields(agent.Args):
         told = re.search(rf" {flag(field.name)}[ ,](.*?)\(default: ", text)
         assert re.search(r"(?<![-{\w,])[A-Z]?[a-z]\w*", told[1]), flag(field.name)
+
+
+@pytest.mark.parametrize("agent", [ddpo, diffusion_dpo, dpo, grpo_tokens, rlhf])
+def test_help_leaves_out_what_does_nothing(agent, capsys):
+    text = shown(capsys, agent)
+    assert not any(f"{flag(name)} " in text for name in agent.Args.idle) and "--seed " in text
+    assert "num_envs" in agent.Args.idle and (f"{flag('eval_episodes')} " in text) == (
+        "eval_episodes" not in agent.Args.idle
+    )
+    assert from_command_line(agent, "--env-threads", 2).env_threads == 2  # a script's argument for all runs
 
 
 def test_help_shows_a_tasks_own_defaults(capsys):
