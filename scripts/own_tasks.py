@@ -17,10 +17,14 @@ from gymnasium.spaces import Box, Discrete
 
 
 class Integrator(gym.Env):
-    """A mass under a force of at most 1; position and velocity are seen."""
+    """A mass under a force of at most 1; position and velocity are seen. Can be drawn, for watch.py."""
 
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012, Gymnasium has it so
     observation_space = Box(-np.inf, np.inf, (2,))
     action_space = Box(-1.0, 1.0, (1,))
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -33,6 +37,14 @@ class Integrator(gym.Env):
         self.state = np.array([x + 0.1 * v, v + 0.1 * force])
         reward = -(x**2) - v**2 - 0.1 * force**2
         return self.state.astype(np.float32), reward, bool(abs(self.state[0]) > 10), False, {}
+
+    def render(self):
+        """A picture (64, 256, 3) of what lies between -2 and 2: the mass, and a line at 0."""
+        picture = np.full((64, 256, 3), 255, np.uint8)
+        picture[:, 127:129] = 200
+        left = 120 + round(64 * float(np.clip(self.state[0], -1.8, 1.8)))
+        picture[24:40, left : left + 16] = (200, 60, 40)
+        return picture
 
 
 class Heating(gym.Env):
