@@ -123,6 +123,19 @@ def test_help_shows_a_tasks_own_defaults(capsys):
     assert "Adam's (default: 0.0003)" in " ".join(shown(capsys, ppo).replace("│", " ").split())
 
 
+def test_a_missing_module_is_named(tmp_path, monkeypatch):
+    (tmp_path / "imports_more.py").write_text("import not_there")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for env, told in (
+        ("my_module:My-v0", "no module named my_module; PYTHONPATH=FOLDER names the folder of my_module"),
+        ("mine.tasks:My-v0", "no module named mine; PYTHONPATH=FOLDER names the folder of mine"),
+        ("imports_more:My-v0", "no module named not_there"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            make_single(env)
+        assert str(caught.value) == f"--env {env}: there is {told}"
+
+
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "Box2D", None)
     for module in [name for name in sys.modules if name.startswith("gymnasium.envs.box2d")]:
