@@ -6,7 +6,7 @@
     Maze-v0        find the way out              discrete, sparse: 1 at the exit, which ends it
     Target-v0      reach a point of the plane    continuous, sparse: 0.01 at the target, which ends it
 
-    PYTHONPATH=scripts python zoo/ppo.py --env own_tasks:Integrator-v0 --total-steps 100000
+    PYTHONPATH=scripts python zoo/ppo.py --env own_tasks:Wind-v0 --total-steps 100000
 
 All end after some time as well, by Gymnasium's time limit. scripts/own_tasks_ppo.py measures PPO on them.
 """
@@ -17,14 +17,10 @@ from gymnasium.spaces import Box, Discrete
 
 
 class Integrator(gym.Env):
-    """A mass under a force of at most 1; position and velocity are seen. Can be drawn, for watch.py."""
+    """A mass under a force of at most 1; position and velocity are seen."""
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012, Gymnasium has it so
     observation_space = Box(-np.inf, np.inf, (2,))
     action_space = Box(-1.0, 1.0, (1,))
-
-    def __init__(self, render_mode=None):
-        self.render_mode = render_mode
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -37,14 +33,6 @@ class Integrator(gym.Env):
         self.state = np.array([x + 0.1 * v, v + 0.1 * force])
         reward = -(x**2) - v**2 - 0.1 * force**2
         return self.state.astype(np.float32), reward, bool(abs(self.state[0]) > 10), False, {}
-
-    def render(self):
-        """A picture (64, 256, 3) of what lies between -2 and 2: the mass, and a line at 0."""
-        picture = np.full((64, 256, 3), 255, np.uint8)
-        picture[:, 127:129] = 200
-        left = 120 + round(64 * float(np.clip(self.state[0], -1.8, 1.8)))
-        picture[24:40, left : left + 16] = (200, 60, 40)
-        return picture
 
 
 class Heating(gym.Env):
@@ -68,10 +56,17 @@ class Heating(gym.Env):
 
 
 class Wind(gym.Env):
-    """A stick on its foot in gusts, to be pushed left or right; angle and its speed are seen."""
+    """A stick on its foot in gusts, to be pushed left or right; angle and its speed are seen.
 
+    It can be drawn, so that scripts/watch.py shows it.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012, Gymnasium has it so
     observation_space = Box(-np.inf, np.inf, (2,))
     action_space = Discrete(3)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -83,6 +78,14 @@ class Wind(gym.Env):
         push = 2.0 * (int(action) - 1) + 2.0 * self.np_random.standard_normal()
         self.state = np.array([angle + 0.05 * speed, speed + 0.05 * (4.0 * angle + push)])
         return self.state.astype(np.float32), 1.0, bool(abs(self.state[0]) > 0.5), False, {}
+
+    def render(self):
+        """A picture (128, 128, 3) of the stick."""
+        picture = np.full((128, 128, 3), 255, np.uint8)
+        for along in np.linspace(0, 96, 200):
+            row, column = 120 - along * np.cos(self.state[0]), 64 + along * np.sin(self.state[0])
+            picture[round(row) - 2 : round(row) + 2, round(column) - 2 : round(column) + 2] = (200, 60, 40)
+        return picture
 
 
 WALLS = """

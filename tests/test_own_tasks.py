@@ -21,15 +21,16 @@ def test_a_task_is_as_gymnasium_wants_it(name):
     assert truncated == (steps == own_tasks.LENGTHS[name]) and np.isfinite(reward)
 
 
-def test_the_mass_can_be_watched():
-    env = gym.make("own_tasks:Integrator-v0", render_mode="rgb_array")
+def test_the_stick_can_be_watched():
+    env = gym.make("own_tasks:Wind-v0", render_mode="rgb_array")
     env.reset(seed=0)
-    pictures = []
-    for x in (-1.0, 1.0):
-        env.unwrapped.state = np.array([x, 0.0])
-        pictures.append(env.render())
-    red = [np.argwhere(picture[..., 1] == 60)[:, 1].mean() for picture in pictures]
-    assert red == [127.5 - 64, 127.5 + 64]
+    tips = []
+    for angle in (-0.5, 0.0, 0.5):
+        env.unwrapped.state = np.array([angle, 0.0])
+        row, column = np.argwhere(env.render()[..., 1] == 60)[0]
+        tips.append((row, column))
+    assert [column for _, column in tips] == pytest.approx([64 - 46, 64, 64 + 46], abs=3)
+    assert tips[1][0] < tips[0][0] == tips[2][0]
 
 
 def play(name, actions):
