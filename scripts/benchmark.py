@@ -37,7 +37,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -47,7 +47,8 @@ import tyro
 from tqdm import tqdm
 
 import zoo
-from zoo.common.cli import RunArgs, parse, require
+from zoo.common.args import RunArgs, lookup_in, require
+from zoo.common.cli import parse
 from zoo.common.envs import make_single
 from zoo.common.errors import RunFault, UsageError
 from zoo.common.files import load_checkpoint, lock_folder, save_checkpoint, write_atomically, writing
@@ -225,10 +226,6 @@ def load_agent(script: Path) -> ModuleType:
     return module
 
 
-def _settings(settings: dict[str, dict], env: str) -> dict:
-    return settings.get(env, {})
-
-
 def plan(args: Args) -> list[Job]:
     """All runs, their arguments checked as the agents themselves will check them. Raises UsageError."""
     require(args.jobs >= 1, f"--jobs must be at least 1, not {args.jobs}")
@@ -244,9 +241,8 @@ def plan(args: Args) -> list[Job]:
         extra = ONE_CORE + shlex.split(entry.args) + common
         if args.total_steps is not None:
             extra += ["--total-steps", str(args.total_steps)]
-        settings: dict[str, dict] = getattr(module, "SETTINGS", {})
         given = ["--env", entry.env, "--seed", str(entry.seeds[0]), "--no-progress", *extra]
-        parsed: RunArgs = parse(module.Args, partial(_settings, settings), given)
+        parsed: RunArgs = parse(module.Args, lookup_in(module.Args), given)
         expected = json.loads(json.dumps(dataclasses.asdict(parsed)))  # tuples become lists, as in args.json
         defaults = json.loads(json.dumps(dataclasses.asdict(module.Args())))
         own = (expected["env"], expected["seed"], expected.get("run_dir"), expected.get("resume"))

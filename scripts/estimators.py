@@ -105,12 +105,8 @@ def train(env_id: str, stages: Sequence[int], folder: Path, args: Args) -> list[
                     path.parent.mkdir(parents=True, exist_ok=True)
                     save_checkpoint(path, {**self._identity(), "step": step, "state": portable(state)})
 
-    config = ppo.Args(
-        env=env_id, seed=args.seed, compile=args.compile, eval_every=0, env_threads=1, checkpoint_every=20.0
-    )
-    config = replace(
-        config,
-        **{k: v for k, v in ppo.SETTINGS.get(env_id, {}).items() if k not in ("total_steps", "eval_every")},
+    config = ppo.Args.for_env(
+        env_id, seed=args.seed, compile=args.compile, eval_every=0, env_threads=1, checkpoint_every=20.0
     )
     batch = config.num_envs * config.num_steps
     config.total_steps = -(-max(stages) // batch) * batch

@@ -40,6 +40,9 @@ def main() -> int:
         require(args.episodes >= 1, f"--episodes must be at least 1, not {args.episodes}")
         require(0 <= args.seed < 2**31, f"--seed must lie in [0, 2**31), not {args.seed}")
         agent = zoo.load(args.run, args.env)
+        import torch  # a second, spared to --help
+
+        torch.set_num_threads(1)  # a second one gains nothing, and beside other programs costs twice the time
         envs = make_envs(agent.env, min(args.episodes, 10))
         returns, lengths = evaluate(agent.acts, envs, args.episodes, args.seed)
     except UsageError as error:

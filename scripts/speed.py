@@ -195,7 +195,7 @@ def compare_updates(args: Args) -> None:
     from zoo.common.optim import new_adam
 
     device = setup("cpu", 1)
-    defaults = ppo.Args(env=args.env)
+    defaults = ppo.Args.for_env(args.env)
     envs = make_envs(args.env, 1, threads=1)
     torch.manual_seed(0)
     net = ppo.ActorCritic(envs, defaults.hidden, defaults.log_std, defaults.shared_network)

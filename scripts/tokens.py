@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 
 from zoo import dpo, grpo_tokens, rlhf
+from zoo.common.args import lookup_in
 from zoo.common.cli import parse
 
 RESULTS = Path(__file__).parents[1] / "results" / "tokens"
@@ -122,7 +123,7 @@ def measure(table: str, method: str, seed: int) -> None:
 
 def run(agent: ModuleType, argv: list[str]) -> None:
     """An agent's command line in this process."""
-    agent.train(parse(agent.Args, lambda env: agent.SETTINGS.get(env, {}), argv))
+    agent.train(parse(agent.Args, lookup_in(agent.Args), argv))
 
 
 def plot() -> None:

@@ -163,6 +163,9 @@ def play(args: Args) -> str:
     """Play the episodes; what to tell at the end. Raises UsageError, RunFault."""
     check(args)
     agent = zoo.load(args.run)
+    import torch  # a second, spared to --help
+
+    torch.set_num_threads(1)  # a second one gains nothing, and beside other programs costs twice the time
     mode = "rgb_array" if args.video else "human"
     with contextlib.closing(make_single(agent.env)) as plain:
         modes = plain.metadata.get("render_modes") or []

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from zoo import ppo
+from zoo import ppo, trpo
 from zoo.common import device
 from zoo.common.device import compile_function, flatten, scan, setup
 from zoo.common.errors import UsageError
 from zoo.common.optim import new_adam
 
 CPU = torch.device("cpu")
+TOLD = f"{device.COMPILING}\n"  # and nothing else: no warning of a fallback
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
@@ -70,7 +71,7 @@ def test_compiled_updates_equal_eager_ones(tmp_path, monkeypatch, capsys):
     compiled = compile_function(improve, CPU)
     capsys.readouterr()
     ours, theirs = (many_updates(function, first, 50) for function in (compiled, improve))
-    assert capsys.readouterr().err == ""  # no fallback
+    assert capsys.readouterr().err == TOLD
     assert torch.equal(first[0], start)  # the update is pure
     assert (theirs[0] - start).abs().max() > 0.01
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-3, atol=2e-4)
@@ -95,7 +96,7 @@ def test_a_constant_argument_that_changes_is_seen(capsys):
 
     compiled, x = compile_function(times, CPU), torch.ones(3)
     assert [compiled(x, c).tolist() for c in (1.0, 5.0, 1.0)] == [[c] * 3 for c in (1.0, 5.0, 1.0)]
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == TOLD
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ def test_whatever_else_it_reads_may_change(traced, monkeypatch, capsys):
         found = {name: function(x, *extra).tolist() for name, (function, *extra) in calls.items()}
         assert found == dict.fromkeys(calls, [value] * 2)
     assert traced[0] == 4 * 3  # it was compiled each time, not run eagerly
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == TOLD  # once for functions of one run
 
 
 def test_what_keeps_changing_is_run_eagerly_after_one_warning(traced, capsys):
@@ -159,10 +160,25 @@ def test_what_keeps_changing_is_run_eagerly_after_one_warning(traced, capsys):
         results = [compiled(x, float(c)).tolist() for c in range(8)]
     assert results == [[float(c)] * 2 for c in range(8)]
     assert traced[0] == 3
-    lines = capsys.readouterr().err.splitlines()
+    told, *lines = capsys.readouterr().err.splitlines()
+    assert told == device.COMPILING
     assert len(lines) == 1 and lines[0].startswith(
         "warning: torch.compile failed, running times eagerly (a constant that it reads keeps changing"
     )
+
+
+@pytest.mark.parametrize("compiling", [True, False])
+def test_a_run_says_once_that_it_compiles(tmp_path, traced, capsys, compiling):
+    """TRPO has four functions to compile; a second run in the process says so again."""
+    for folder in ("one", "two"):
+        trpo.train(
+            trpo.Args(
+                env="CartPole-v1", num_envs=2, num_steps=8, minibatch_size=16, total_steps=16, device="cpu",
+                eval_episodes=1, compile=compiling, run_dir=str(tmp_path / folder),
+            )
+        )  # fmt: skip
+        assert capsys.readouterr().err.splitlines().count(device.COMPILING) == compiling
+        assert bool(traced[0]) == compiling
 
 
 # --- scan ---------------------------------------------------------------------------------------------------
@@ -219,7 +235,7 @@ def test_a_compiled_scan_equals_the_eager_one_and_is_cached_by_its_code(tmp_path
             torch.testing.assert_close(one, other)
         hits.append(counters["inductor"]["fxgraph_cache_hit"] - before)
     assert hits == [0, 0, 1, 0]
-    assert capsys.readouterr().err == ""  # no fallback
+    assert capsys.readouterr().err == 4 * TOLD  # as four runs would
 
 
 # --- one code, many functions -------------------------------------------------------------------------------
@@ -261,7 +277,8 @@ def test_without_a_compiler_one_warning_and_the_same_result(monkeypatch, capsys)
 
     function = compile_function(double, CPU)
     assert [function(torch.tensor(float(i))).item() for i in range(3)] == [0.0, 2.0, 4.0]
-    lines = capsys.readouterr().err.splitlines()
+    told, *lines = capsys.readouterr().err.splitlines()
+    assert told == device.COMPILING
     assert len(lines) == 1 and lines[0].startswith(
         "warning: torch.compile failed, running double eagerly (no compiler found"
     )
@@ -299,7 +316,8 @@ def test_a_run_without_a_compiler(tmp_path):
     assert run.stdout.startswith("final evaluation: ")
     told = ("run folder: ", "to watch it: ", "to evaluate it: ")
     lines = [line for line in run.stderr.splitlines() if not line.startswith(told)]
-    assert len(lines) == 1 and lines[0].startswith("warning: torch.compile failed"), run.stderr
+    assert lines[0] == device.COMPILING, run.stderr
+    assert len(lines) == 2 and lines[1].startswith("warning: torch.compile failed"), run.stderr
 
 
 def test_flatten_and_back():
@@ -354,7 +372,7 @@ def test_captured_updates_equal_eager_ones(tmp_path, monkeypatch, capsys):
     captured = compile_function(improve, torch.device("cuda"))
     capsys.readouterr()
     ours, theirs = (many_updates(function, first, 50) for function in (captured, improve))
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == TOLD
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-3, atol=2e-4)
     torch.testing.assert_close(ours[2], theirs[2], rtol=1e-2, atol=1e-3)
 

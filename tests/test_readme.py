@@ -26,11 +26,6 @@ SHORTER = {
     "scripts/watch.py": ["--seconds", "0.2", "--size", "32"],
     "scripts/plot.py": ["--out", "picture.png"],
 }
-MY_MODULE = """
-import gymnasium as gym
-from gymnasium.envs.classic_control import PendulumEnv
-gym.register("MyTask-v0", PendulumEnv, max_episode_steps=50)
-"""
 
 
 def commands(text):
@@ -76,8 +71,6 @@ def run(command, folder, monkeypatch):
 def test_every_command_runs(tmp_path, monkeypatch, capsys):
     for name in ("zoo", "scripts", "results"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "my_package").mkdir()
-    (tmp_path / "my_package" / "my_module.py").write_text(MY_MODULE)
     monkeypatch.chdir(tmp_path)
     for name, value in (("MUJOCO_GL", "egl"), ("SDL_VIDEODRIVER", "dummy")):
         monkeypatch.setenv(name, value)

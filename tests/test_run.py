@@ -754,6 +754,51 @@ def test_track_without_wandb(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_track_without_an_account(tmp_path, monkeypatch, capsys):
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**_):  # as without a key and a terminal to ask for it
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    status, lines = command_line(monkeypatch, capsys, "--track", "--run-dir", tmp_path / "run")
+    advice = "WANDB_MODE=offline keeps what is logged in the run's folder"
+    assert (status, lines) == (2, [f"error: --track: No API key configured. {advice}"])
+
+
+def test_track_offline(tmp_path, monkeypatch):
+    """What TensorBoard gets, Weights & Biases gets once."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    found, init = [], wandb.init
+
+    def watched_init(**given):
+        run = init(**given)
+        finish = run.finish
+
+        def read_and_finish():  # afterwards it answers no more
+            found.extend((run.step, run.project, run.name, run.config["clip"], dict(run.summary)))
+            finish()
+
+        monkeypatch.setattr(run, "finish", read_and_finish)
+        return run
+
+    monkeypatch.setattr(wandb, "init", watched_init)
+    train(Args(track=True, track_project="mine", run_dir=str(tmp_path / "run")))
+    *told, summary = found
+    assert told == [10 + 4, "mine", "run", 0.2]  # reports and evaluations
+    summary = {name: value for name, value in summary.items() if not name.startswith("_")}
+    last = {name: float(value) for name, value in rows(tmp_path / "run")[-1].items()}
+    own = {"eval/return": last["eval_return"], "eval/std": last["eval_std"], "losses/late": last["late"]}
+    assert {name: summary[name] for name in own} == pytest.approx(own)
+    assert summary["global_step"] == 1000 and set(summary) - set(own) == {
+        *("global_step", "charts/SPS", "charts/learning_rate", "losses/policy_loss"),
+        *("charts/episodic_return", "charts/episodic_length"),
+    }
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))  # for `wandb sync`
+
+
 # Evaluation
 
 

@@ -3,7 +3,6 @@ tiny real one."""
 
 import csv
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -601,7 +600,7 @@ def test_speed_steps_both_engines(env, monkeypatch, capsys):
 def test_speed_measures_whole_epochs_by_minibatch(monkeypatch, capsys):
     made, update = [], ppo.update
     monkeypatch.setattr(ppo, "update", lambda *args: (made.append(1), update(*args))[1])
-    monkeypatch.setattr(ppo, "Args", functools.partial(ppo.Args, num_envs=4, num_steps=32))
+    monkeypatch.setitem(ppo.SETTINGS, "CartPole-v1", dict(num_envs=4, num_steps=32))
     monkeypatch.setattr(zoo.common.device, "compile_function", lambda function, device: function)
     assert call(speed, monkeypatch, "--update", "--pairs", 1, "--env", "CartPole-v1") == 0
     line, ratio = capsys.readouterr().out.splitlines()

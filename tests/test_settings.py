@@ -7,7 +7,7 @@ import sys
 import gymnasium as gym
 import pytest
 
-from zoo import actor_critic, grpo, ppo, reinforce, sac, trpo
+from zoo import actor_critic, ddpo, diffusion_dpo, dpo, grpo, grpo_tokens, ppo, reinforce, rlhf, sac, trpo
 from zoo.common.args import flag, settings, settings_for
 from zoo.common.cli import parse
 from zoo.common.envs import make_single
@@ -106,11 +106,34 @@ def test_every_argument_is_explained(agent, capsys, monkeypatch):
         assert re.search(r"(?<![-{\w,])[A-Z]?[a-z]\w*", told[1]), flag(field.name)
 
 
+@pytest.mark.parametrize("agent", [ddpo, diffusion_dpo, dpo, grpo_tokens, rlhf])
+def test_help_leaves_out_what_does_nothing(agent, capsys):
+    text = shown(capsys, agent)
+    assert not any(f"{flag(name)} " in text for name in agent.Args.idle) and "--seed " in text
+    assert "num_envs" in agent.Args.idle and (f"{flag('eval_episodes')} " in text) == (
+        "eval_episodes" not in agent.Args.idle
+    )
+    assert from_command_line(agent, "--env-threads", 2).env_threads == 2  # a script's argument for all runs
+
+
 def test_help_shows_a_tasks_own_defaults(capsys):
     flat = " ".join(shown(capsys, ppo, "--env", "CartPole-v1").replace("│", " ").split())
     assert "The defaults below are those of CartPole-v1." in flat
     assert "over all environments (default: 100000)" in flat and "Adam's (default: 0.002)" in flat
     assert "Adam's (default: 0.0003)" in " ".join(shown(capsys, ppo).replace("│", " ").split())
+
+
+def test_a_missing_module_is_named(tmp_path, monkeypatch):
+    (tmp_path / "imports_more.py").write_text("import not_there")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for env, told in (
+        ("my_module:My-v0", "no module named my_module; PYTHONPATH=FOLDER names the folder of my_module"),
+        ("mine.tasks:My-v0", "no module named mine; PYTHONPATH=FOLDER names the folder of mine"),
+        ("imports_more:My-v0", "no module named not_there"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            make_single(env)
+        assert str(caught.value) == f"--env {env}: there is {told}"
 
 
 def test_a_missing_package_is_named(monkeypatch):

@@ -46,6 +46,7 @@ from zoo.common.targets import Target, make_evaluation, make_target
 @dataclass
 class Args(RunArgs):
     kept: ClassVar = (*RunArgs.kept, "hidden", "steps", "predict", "num_pairs")
+    idle: ClassVar = ("num_envs", "env_threads", "eval_episodes")
 
     env: str = "line"  # the task: line or ring (exact), digits
     total_steps: int = 256_000  # pairs of the whole run, with repetitions

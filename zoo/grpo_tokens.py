@@ -44,6 +44,7 @@ from zoo.common.tokens import Task, make_task, measure
 @dataclass
 class Args(RunArgs):
     kept: ClassVar = (*RunArgs.kept, "digits", "dim", "layers", "heads", "supervised_steps", "other")
+    idle: ClassVar = ("num_envs", "env_threads")
 
     env: str = "Sort"  # the task: Count, Sort or Add
     digits: int | None = None  # of Sort's and Add's numbers; None: 8 and 3

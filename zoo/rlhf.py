@@ -47,6 +47,7 @@ from zoo.common.tokens import Task, make_task, measure, rank
 @dataclass
 class Args(RunArgs):
     kept: ClassVar = (*RunArgs.kept, "stage", "digits", "dim", "layers", "heads", "ensemble")
+    idle: ClassVar = ("num_envs", "env_threads")
 
     env: str = "Sort"  # the task: Count, Sort or Add
     digits: int | None = None  # of Sort's and Add's numbers; None: 8 and 3

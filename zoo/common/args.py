@@ -17,6 +17,8 @@ class RunArgs:
     # What a resumed run cannot change, because its state would not fit or would win over the argument. An
     # agent adds its own: kept: ClassVar = (*RunArgs.kept, "hidden", ...)
     kept: ClassVar[tuple[str, ...]] = ("env", "seed")
+    # What does nothing in an agent's runs: taken, for a script may give it to all runs, but not explained
+    idle: ClassVar[tuple[str, ...]] = ()
 
     env: str = "HalfCheetah-v4"
     """id of the Gymnasium environment"""
@@ -57,13 +59,18 @@ class RunArgs:
 
         The task's are in the table SETTINGS of the agent's file, see `settings_for`.
         """
-        table = settings(cls)
-        return cls(**{"env": env, **settings_for(env, lambda task: table.get(task, {})), **given})
+        return cls(**{"env": env, **settings_for(env, lookup_in(cls)), **given})
 
 
 def settings(args_class: type[RunArgs]) -> dict[str, dict]:
     """The table SETTINGS of the file that the class is in: fields whose defaults differ by task."""
     return getattr(sys.modules[args_class.__module__], "SETTINGS", {})
+
+
+def lookup_in(args_class: type[RunArgs]) -> Callable[[str], dict]:
+    """From a task's id to its settings in that table, {} where it has none of its own."""
+    table = settings(args_class)
+    return lambda task: table.get(task, {})
 
 
 def settings_for(env: str, lookup: Callable[[str], dict]) -> dict:

@@ -10,7 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
 from tyro.constructors import (
@@ -57,7 +57,8 @@ def parse(args_class: type[Args], defaults_for: Callable[[str], dict], argv: Seq
     else:
         known = settings_for(given.env or args_class().env, defaults_for)
     default = dataclasses.replace(args_class(), **known)
-    with registry(args_class):
+    hidden = args_class.idle if {"-h", "--help"} & set(argv) else ()
+    with registry(args_class, hidden):
         return tyro.cli(
             args_class, args=list(argv), default=default, description=_about(args_class, given.env),
             config=(tyro.conf.OmitArgPrefixes,),  # the groups' names are titles, no part of a flag
@@ -76,8 +77,9 @@ def _about(args_class: type[RunArgs], env: str | None) -> str:
     return "\n\n".join([*parts, shown])
 
 
-def registry(args_class: type[RunArgs]) -> ConstructorRegistry:
-    """What tyro has to know: the groups of arguments, and that whole numbers may be given as 1e6."""
+def registry(args_class: type[RunArgs], hidden: Sequence[str] = ()) -> ConstructorRegistry:
+    """What tyro has to know: the groups of arguments, that whole numbers may be given as 1e6, and which
+    arguments do not exist for --help."""
     rules = ConstructorRegistry()
     fields: dict[str, StructFieldSpec] = {}  # all arguments, as tyro's own rule for dataclasses finds them
     asking: list[bool] = []  # for them, meanwhile
@@ -103,6 +105,9 @@ def registry(args_class: type[RunArgs]) -> ConstructorRegistry:
         if not isinstance(spec, StructConstructorSpec):
             return None
         fields.update({field.name: field for field in spec.fields})
+        for name in hidden:
+            suppressed: Any = Annotated[fields[name].type, tyro.conf.Suppress]
+            fields[name] = dataclasses.replace(fields[name], type=suppressed)
         Algorithm.names = tuple(name for name in fields if name not in TASK + PLUMBING)
         groups = tuple(
             StructFieldSpec(each.__name__.lower(), each, MISSING_NONPROP, helptext="")

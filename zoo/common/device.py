@@ -24,8 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from tqdm import tqdm
 
 from zoo.common.errors import UsageError
+
+COMPILING = "compiling (some seconds; the first time on a machine up to a minute) ..."
 
 
 def setup(device: str = "auto", threads: int = 1) -> torch.device:
@@ -108,6 +111,7 @@ class _Compiled:
     """A compiled function that tells when it compiles, and runs eagerly where that fails."""
 
     warned = False  # once a process
+    told = False  # that it compiles, once a run: a run makes all its functions before it calls one
     seconds = 0.0  # spent in first calls, all compiled functions of the process together
 
     def __init__(self, function: Callable, device: torch.device):
@@ -122,6 +126,7 @@ class _Compiled:
         self.on_gpu = device.type == "cuda"
         self.options = options
         self.call: Callable = self._first_call
+        _Compiled.told = False
 
     def __call__(self, *args: Any) -> Any:
         try:
@@ -141,6 +146,9 @@ class _Compiled:
 
     def _first_call(self, *args: Any) -> Any:
         start = time.perf_counter()
+        if not _Compiled.told:
+            tqdm.write(COMPILING, file=sys.stderr)  # above a run's bar
+            _Compiled.told = True
         import torch._inductor.config  # a second, spared to runs that do not compile
 
         # Inductor keeps no compiled loop in its cache unless told that it may: all of the loop's code is in

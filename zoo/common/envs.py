@@ -185,7 +185,12 @@ def make_single(env_id: str, **options: Any) -> gym.Env:
             advice = f"pip install ale-py and give --env ale_py:{env_id}"
             raise UsageError(f"--env {env_id} needs the package ale-py: {advice}") from error
         raise UsageError(f"--env {env_id}: {' '.join(str(error).split())}{_nearest(env_id)}") from error
-    except (gym.error.Error, ModuleNotFoundError) as error:
+    except ModuleNotFoundError as error:  # of one's own task, or of what its module imports
+        missing = getattr(error.__cause__ or error, "name", None)
+        ones_own = f"{env_id.partition(':')[0]}.".startswith(f"{missing}.")
+        where = f"; PYTHONPATH=FOLDER names the folder of {missing}" if ones_own else ""
+        raise UsageError(f"--env {env_id}: there is no module named {missing}{where}") from error
+    except gym.error.Error as error:
         raise UsageError(f"--env {env_id}: {' '.join(str(error).split())}{_nearest(env_id)}") from error
     except Exception as error:  # the constructor's own
         message = " ".join(str(error).split())

@@ -5,11 +5,13 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from zoo.common.args import RunArgs
+from zoo.common.errors import UsageError
 from zoo.common.files import Table
 
 COLUMNS = ["step", "wall_time", "sps", "train_return", "train_length", "eval_return", "eval_std"]
@@ -20,18 +22,25 @@ class Logs:
     """The logs of the run in `folder`, of which `step` is done already; open until closed."""
 
     def __init__(self, folder: Path, args: RunArgs, step: int, unit: str):
-        """Open them; of those of a resumed run, what was logged beyond `step` is dropped. Raises OSError."""
+        """Open them; of those of a resumed run, what was logged beyond `step` is dropped. Raises OSError;
+        UsageError where Weights & Biases refuses."""
         self._open = contextlib.ExitStack()
         self.table = Table(folder / "progress.csv", COLUMNS, last_step=step)
         self._open.callback(self.table.close)
+        self._tracked: Any = None  # the run at Weights & Biases
         if args.track:
             import wandb
 
-            wandb.init(
-                project=args.track_project, name=folder.name, id=folder.name, resume="allow", dir=str(folder),
-                config=dataclasses.asdict(args), sync_tensorboard=True,
-            )  # fmt: skip
-            self._open.callback(wandb.finish)
+            # it could read TensorBoard's files, but reads them thrice where it writes into their folder
+            try:
+                self._tracked = wandb.init(
+                    project=args.track_project, name=folder.name, id=folder.name, resume="allow",
+                    dir=str(folder), config=dataclasses.asdict(args),
+                )  # fmt: skip
+            except wandb.Error as error:
+                offline = "WANDB_MODE=offline keeps what is logged in the run's folder"
+                raise UsageError(f"--track: {' '.join(str(error).split())} {offline}") from error
+            self._open.callback(self._tracked.finish)
         # half a second, spared to those who import this file only
         from torch.utils.tensorboard import SummaryWriter
 
@@ -78,3 +87,5 @@ class Logs:
 
         values = [Summary.Value(tag=key, simple_value=value) for key, value in scalars.items()]
         self._writer._get_file_writer().add_summary(Summary(value=values), step)
+        if self._tracked:
+            self._tracked.log({**scalars, "global_step": step})

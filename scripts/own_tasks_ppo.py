@@ -1,0 +1,129 @@
+"""Measure PPO's defaults on the tasks of own_tasks.py, beside those of Stable-Baselines3's PPO.
+
+    python scripts/own_tasks_ppo.py                              what is missing in results/own_tasks/ppo.csv
+    python scripts/own_tasks_ppo.py --side sb3 --tasks Maze      a part of it
+    python scripts/own_tasks_ppo.py --trial faster "--learning-rate 1e-3"    the zoo's with other arguments
+    python scripts/own_tasks_ppo.py --report                     the table
+
+Both train for 100,000 steps and are then evaluated without noise, on the same 50 episodes. The other side has
+its defaults but for 8 environments of 256 steps instead of one of 2048, which is faster and makes the same
+batch. A row a run; goes on where it was stopped.
+"""
+
+import argparse
+import csv
+import os
+import shlex
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import own_tasks
+
+from zoo import ppo
+from zoo.common.args import lookup_in
+from zoo.common.cli import parse
+from zoo.common.envs import make_envs
+from zoo.common.evaluate import evaluate
+
+RESULTS = Path(__file__).parents[1] / "results" / "own_tasks" / "ppo.csv"
+COLUMNS = ("task", "side", "seed", "eval_return", "eval_std", "seconds", "arguments")
+TASKS = list(own_tasks.LENGTHS)
+STEPS, EPISODES = 100_000, 50
+
+
+def run_zoo(env_id: str, seed: int, arguments: str) -> tuple[float, float]:
+    """Mean and standard deviation of the final evaluation."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "run"
+        given = (
+            f"--env {env_id} --seed {seed} --total-steps {STEPS} --eval-every 0 --eval-episodes {EPISODES}"
+        )
+        argv = [*shlex.split(given), "--run-dir", str(folder), "--no-progress", *shlex.split(arguments)]
+        ppo.train(parse(ppo.Args, lookup_in(ppo.Args), argv))
+        with open(folder / "progress.csv", newline="") as file:
+            last = list(csv.DictReader(file))[-1]
+        return float(last["eval_return"]), float(last["eval_std"])
+
+
+def run_sb3(env_id: str, seed: int) -> tuple[float, float]:
+    """The same of Stable-Baselines3's PPO."""
+    import torch
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_vec_env
+
+    torch.set_num_threads(1)
+    model = PPO("MlpPolicy", make_vec_env(env_id, 8, seed=seed), n_steps=256, device="cpu", seed=seed)
+    model.learn(STEPS)
+    envs = make_envs(env_id, EPISODES)
+    space: Any = model.action_space
+    low, high = (0, 0) if envs.discrete else (space.low, space.high)
+
+    def policy(obs: np.ndarray) -> np.ndarray:
+        actions = model.predict(obs.astype(np.float32), deterministic=True)[0]
+        # `envs` take actions in [-1, 1], the model has learnt the task's own
+        return actions if envs.discrete else 2 * (actions - low) / (high - low) - 1
+
+    returns, _ = evaluate(policy, envs, EPISODES, seed)
+    envs.close()
+    return float(returns.mean()), float(returns.std())
+
+
+def read() -> list[dict[str, str]]:
+    """The rows so far."""
+    if not RESULTS.exists():
+        return []
+    with open(RESULTS, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def measure(task: str, side: str, seed: int, arguments: str) -> None:
+    """One run, unless its row is there."""
+    if any((row["task"], row["side"], row["seed"]) == (task, side, str(seed)) for row in read()):
+        return
+    env_id, start = f"own_tasks:{task}-v0", time.perf_counter()
+    mean, std = run_sb3(env_id, seed) if side == "sb3" else run_zoo(env_id, seed, arguments)
+    seconds = f"{time.perf_counter() - start:.0f}"
+    new = not RESULTS.exists()
+    with open(RESULTS, "a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(COLUMNS)
+        writer.writerow((task, side, seed, f"{mean:.6g}", f"{std:.6g}", seconds, arguments))
+    print(f"{task} {side} {seed}: {mean:.6g} ± {std:.3g}, {seconds} s", flush=True)
+
+
+def report() -> None:
+    """Mean ± standard deviation over the seeds, and the seeds' own, a line a task and side."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in read():
+        found.setdefault((row["task"], row["side"]), []).append(float(row["eval_return"]))
+    for (task, side), means in sorted(found.items()):
+        each = " ".join(f"{mean:.4g}" for mean in means)
+        print(f"{task:<11} {side:<16} {np.mean(means):>10.4g} ± {np.std(means):<8.3g} {each}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--side", nargs="+", choices=["zoo", "sb3"], default=["zoo", "sb3"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
+    parser.add_argument("--trial", nargs=2, metavar=("NAME", "ARGUMENTS"), help="instead of the two sides")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the table")
+    parser.add_argument("--report", action="store_true", help="print the table, run nothing")
+    args = parser.parse_args()
+    globals()["RESULTS"] = args.results
+    if not args.report:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        for seed in args.seeds:
+            for task in args.tasks:
+                for side, arguments in [args.trial] if args.trial else [(side, "") for side in args.side]:
+                    measure(task, side, seed, arguments)
+    report()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()
