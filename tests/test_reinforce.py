@@ -701,7 +701,7 @@ def test_probe_acting_on_the_observation_in_a_box(tmp_path, changes):
 # --- whole runs ---------------------------------------------------------------------------------------------
 
 
-def test_compiled_equals_eager(tmp_path):
+def test_compiled_equals_eager(tmp_path, no_fallback):
     """50 updates on one task without chaos: what rounding leaves."""
     changes = dict(num_envs=16, total_steps=16 * 50, value_epochs=2, minibatch_size=16, normalize_obs=True)
     ends = []

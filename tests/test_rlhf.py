@@ -286,6 +286,14 @@ def test_each_stage_goes_on_from_its_checkpoint(stage, half, finished, tmp_path)
     assert not all(torch.equal(after[name], before[name]) for name in whole)
 
 
+@pytest.fixture(scope="module")
+def by_rule(tmp_path_factory):
+    """The agent that the defaults learn from the rule's rewards."""
+    folder = tmp_path_factory.mktemp("rule")
+    run(rlhf, *SORT, "--reward", "rule", "--run-dir", str(folder))
+    return agent(folder / "ppo")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -295,13 +303,10 @@ def test_each_stage_goes_on_from_its_checkpoint(stage, half, finished, tmp_path)
         ("--kl", "k3", "--kl-in", "loss"),
     ],
 )
-def test_variants_run(arguments, tmp_path):
+def test_variants_run(arguments, by_rule, tmp_path):
     """... and learn something else than the defaults."""
-    run(rlhf, *SORT, "--reward", "rule", *arguments, "--run-dir", str(tmp_path / "one"))
-    run(rlhf, *SORT, "--reward", "rule", "--run-dir", str(tmp_path / "two"))
-    assert not torch.equal(
-        agent(tmp_path / "one" / "ppo")["params"], agent(tmp_path / "two" / "ppo")["params"]
-    )
+    run(rlhf, *SORT, "--reward", "rule", *arguments, "--run-dir", str(tmp_path))
+    assert not torch.equal(agent(tmp_path / "ppo")["params"], by_rule["params"])
 
 
 @pytest.mark.parametrize(

@@ -525,16 +525,17 @@ def test_learns_cartpole(tmp_path):
 
 
 @pytest.mark.parametrize("discrete", [False, True])
-def test_compiled_equals_eager_over_several_updates(discrete):
+def test_compiled_equals_eager_over_several_updates(discrete, no_fallback):
     """In double precision, on given batches, few iterations: conjugate gradient, and environments, amplify
-    rounding."""
+    rounding. The critic, which no action has a part in, is fitted by compiled code once."""
     ends = []
     for enabled in (False, True):
         params, forward, _, unflatten = problem(discrete, obs=30)
         start, opt = params, trpo.new_adam(params)
         cpu = torch.device("cpu")
         given = {name: compile_function(f, cpu, enabled) for name, f in functions(forward).items()}
-        fit = compile_function(partial(trpo.fit_critic, forward, trpo.Args(minibatch_size=10)), cpu, enabled)
+        fit = partial(trpo.fit_critic, forward, trpo.Args(minibatch_size=10))
+        fit = compile_function(fit, cpu, enabled and not discrete)
         accepted = []
         for seed in range(4):
             batch = problem(discrete, obs=30, seed=seed)[2]
@@ -554,14 +555,16 @@ def test_compiled_equals_eager_over_several_updates(discrete):
     torch.testing.assert_close(*ends, rtol=1e-7, atol=1e-9)
 
 
-def test_compiled_run_equals_eager_run(tmp_path, capsys):
+def test_compiled_run_equals_eager_run(tmp_path, traced, no_fallback):
+    """Compiled here means traced, without the kernels, which the test before this one is about: each of the
+    four functions once, whatever the number of updates."""
     for name, compiled in (("eager", False), ("compiled", True)):
         run(tmp_path / name, "CartPole-v1", compile=compiled, total_steps=256)
     eager, compiled = (
         load_checkpoint(tmp_path / name / "checkpoint.pt", "it")["state"] for name in ("eager", "compiled")
     )
     torch.testing.assert_close(eager["params"], compiled["params"], rtol=1e-3, atol=1e-4)
-    assert "torch.compile failed" not in capsys.readouterr().err
+    assert len(traced) == 4
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
