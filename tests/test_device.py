@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from zoo import actor_critic, ppo
+from zoo import ppo, reinforce
 from zoo.common import device
 from zoo.common.device import compile_function, flatten, scan, setup
 from zoo.common.errors import UsageError
@@ -204,19 +205,27 @@ def test_a_compiled_scan_equals_the_eager_one_and_is_cached_by_its_code(tmp_path
 # --- one code, many functions -------------------------------------------------------------------------------
 
 
-def test_one_code_with_other_constants_is_compiled_anew(traced, capsys):
-    """Two runs in one process: train's inner functions share their code, but not the constants that they
-    close over."""
+def closing(factor):
+    def scale(x):
+        return x * factor
 
-    def scaling(factor):
-        def scale(x):
-            return x * factor
+    return scale
 
-        return compile_function(scale, CPU)
 
-    x = torch.ones(3)
-    assert [scaling(factor)(x).tolist() for factor in (2.0, 5.0)] == [[2.0] * 3, [5.0] * 3]
-    assert len(traced) == 2 and capsys.readouterr().err == ""
+def times(factor, x):
+    return x * factor
+
+
+@pytest.mark.parametrize(
+    "scaling", [closing, lambda factor: partial(times, factor)], ids=["closure", "partial"]
+)
+def test_one_code_with_other_constants_is_compiled_anew(scaling, traced, no_fallback):
+    """Runs in one process: their functions share their code, but not the constants that they close over or
+    are given first. There is no limit to their number, such as torch has for one function."""
+    x, runs = torch.ones(3), torch._dynamo.config.recompile_limit + 2
+    for factor in map(float, range(runs)):
+        assert compile_function(scaling(factor), CPU)(x).tolist() == [factor] * 3
+    assert len(traced) == runs
 
 
 def test_not_enabled_is_the_function_itself():
@@ -265,10 +274,10 @@ def test_a_run_without_a_compiler(tmp_path):
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
         "OMP_NUM_THREADS": "1",
     }
-    agent = actor_critic.__file__  # the least to trace
+    agent = reinforce.__file__  # without a V a single small function is compiled
     command = [
-        sys.executable, agent, "--env", "CartPole-v1", "--total-steps", "400", "--device", "cpu",
-        "--run-dir", str(tmp_path / "run"), "--eval-episodes", "1",
+        sys.executable, agent, "--env", "CartPole-v1", "--baseline", "mean", "--total-steps", "100",
+        "--device", "cpu", "--run-dir", str(tmp_path / "run"), "--eval-episodes", "1",
     ]  # fmt: skip
     path = os.pathsep.join([str(Path(agent).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = subprocess.run(
