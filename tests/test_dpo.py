@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from command import rows, run, run_apart
+from command import rows, run, run_script
 from torch.func import grad
 from torch.nn.functional import logsigmoid
 
@@ -163,5 +163,5 @@ def test_bad_input_is_refused(arguments, words, tmp_path, monkeypatch):
 
 
 def test_bad_input_is_told_in_one_line():
-    done = run_apart("dpo", "--beta", "0")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--beta" in done.stderr
+    status, told = run_script("dpo", "--beta", "0")
+    assert status == 2 and told.count("\n") == 1 and "--beta" in told

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from command import rows, run, run_apart
+from command import rows, run, run_script
 from torch.func import grad
 from torch.nn.functional import logsigmoid
 
@@ -337,9 +337,9 @@ def test_bad_input_is_refused(arguments, words, tmp_path, monkeypatch):
 
 
 def test_bad_input_is_told_in_one_line():
-    done = run_apart("rlhf", "--env", "Sort", "--stage", "ppo", "--earlier", "nowhere")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "the stage supervised has not been run" in done.stderr
+    status, told = run_script("rlhf", "--env", "Sort", "--stage", "ppo", "--earlier", "nowhere")
+    assert status == 2 and told.count("\n") == 1, told
+    assert "the stage supervised has not been run" in told
 
 
 def test_a_stage_of_another_task_or_network_is_refused(finished, tmp_path):
