@@ -1,13 +1,14 @@
-"""Agents of tokens run from their command lines: in this process, which spares the imports, or in one of
-their own.
-"""
+"""Agents run from their command lines, in this process, which spares the imports."""
 
+import contextlib
 import csv
-import os
-import subprocess
+import io
+import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 from zoo.common.cli import parse
 
@@ -20,11 +21,17 @@ def run(agent: ModuleType, *arguments: str) -> float:
     return agent.train(parse(agent.Args, lambda env: agent.SETTINGS.get(env, {}), arguments))
 
 
-def run_apart(agent: str, *arguments: str) -> subprocess.CompletedProcess:
-    """`python zoo/AGENT.py ARGUMENTS`, on one thread, output as text."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "zoo" / f"{agent}.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+def run_script(agent: str, *arguments: str) -> tuple[int | str | None, str]:
+    """The exit status of `python zoo/AGENT.py ARGUMENTS`, and what it wrote to stderr."""
+    script, stderr = str(ROOT / "zoo" / f"{agent}.py"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
+        patch.setattr(sys, "argv", [script, *arguments])
+        try:
+            runpy.run_path(script, run_name="__main__")
+            status: int | str | None = 0
+        except SystemExit as end:
+            status = end.code
+    return status, stderr.getvalue()
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

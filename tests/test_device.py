@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from zoo import ppo, trpo
+from zoo import ppo, reinforce, trpo
 from zoo.common import device
 from zoo.common.device import compile_function, flatten, scan, setup
 from zoo.common.errors import UsageError
@@ -79,10 +80,6 @@ def test_compiled_updates_equal_eager_ones(tmp_path, monkeypatch, capsys):
     assert ours[1]["t"] == theirs[1]["t"] == 200
     torch.testing.assert_close(ours[2][0], theirs[2][0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours[2], theirs[2], rtol=1e-2, atol=1e-3)
-    params, opt, batch, order, *more = first  # a pass of one minibatch is no loop
-    short = [function(params, opt, batch, order[:16], *more)[0] for function in (compiled, improve)]
-    torch.testing.assert_close(*short, rtol=1e-4, atol=1e-6)
-    assert not torch.equal(short[0], params) and capsys.readouterr().err == ""
 
 
 # --- what compiled code reads may change --------------------------------------------------------------------
@@ -97,23 +94,6 @@ def test_a_constant_argument_that_changes_is_seen(capsys):
     compiled, x = compile_function(times, CPU), torch.ones(3)
     assert [compiled(x, c).tolist() for c in (1.0, 5.0, 1.0)] == [[c] * 3 for c in (1.0, 5.0, 1.0)]
     assert capsys.readouterr().err == TOLD
-
-
-@pytest.fixture
-def traced(monkeypatch):
-    """torch.compile with its tracing and its guards, but no kernels, which take seconds each; the number of
-    times that it traced is in `traced[0]`."""
-    traces, real = [0], torch.compile
-
-    def backend(graph, inputs, **_):
-        traces[0] += 1
-        return graph.forward
-
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **kwargs: real(function, backend=backend, **kwargs)
-    )
-    monkeypatch.setattr(device._Compiled, "warned", False)
-    return traces
 
 
 @dataclass
@@ -147,7 +127,7 @@ def test_whatever_else_it_reads_may_change(traced, monkeypatch, capsys):
         monkeypatch.setattr(sys.modules[__name__], "FACTOR", value)
         found = {name: function(x, *extra).tolist() for name, (function, *extra) in calls.items()}
         assert found == dict.fromkeys(calls, [value] * 2)
-    assert traced[0] == 4 * 3  # it was compiled each time, not run eagerly
+    assert len(traced) == 4 * 3  # it was compiled each time, not run eagerly
     assert capsys.readouterr().err == TOLD  # once for functions of one run
 
 
@@ -159,7 +139,7 @@ def test_what_keeps_changing_is_run_eagerly_after_one_warning(traced, capsys):
     with torch._dynamo.config.patch(recompile_limit=3):
         results = [compiled(x, float(c)).tolist() for c in range(8)]
     assert results == [[float(c)] * 2 for c in range(8)]
-    assert traced[0] == 3
+    assert len(traced) == 3
     told, *lines = capsys.readouterr().err.splitlines()
     assert told == device.COMPILING
     assert len(lines) == 1 and lines[0].startswith(
@@ -241,18 +221,27 @@ def test_a_compiled_scan_equals_the_eager_one_and_is_cached_by_its_code(tmp_path
 # --- one code, many functions -------------------------------------------------------------------------------
 
 
-def test_one_code_with_other_constants_is_compiled_anew():
-    """Two runs in one process: train's inner functions share their code, but not the constants that they
-    close over."""
+def closing(factor):
+    def scale(x):
+        return x * factor
 
-    def scaling(factor):
-        def scale(x):
-            return x * factor
+    return scale
 
-        return compile_function(scale, CPU)
 
-    x = torch.ones(3)
-    assert [scaling(factor)(x).tolist() for factor in (2.0, 5.0)] == [[2.0] * 3, [5.0] * 3]
+def times(factor, x):
+    return x * factor
+
+
+@pytest.mark.parametrize(
+    "scaling", [closing, lambda factor: partial(times, factor)], ids=["closure", "partial"]
+)
+def test_one_code_with_other_constants_is_compiled_anew(scaling, traced, no_fallback):
+    """Runs in one process: their functions share their code, but not the constants that they close over or
+    are given first. There is no limit to their number, such as torch has for one function."""
+    x, runs = torch.ones(3), torch._dynamo.config.recompile_limit + 2
+    for factor in map(float, range(runs)):
+        assert compile_function(scaling(factor), CPU)(x).tolist() == [factor] * 3
+    assert len(traced) == runs
 
 
 def test_not_enabled_is_the_function_itself():
@@ -302,13 +291,12 @@ def test_a_run_without_a_compiler(tmp_path):
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
         "OMP_NUM_THREADS": "1",
     }
+    agent = reinforce.__file__  # without a V a single small function is compiled
     command = [
-        sys.executable, ppo.__file__, "--env", "CartPole-v1", "--total-steps", "512", "--num-epochs", "1",
+        sys.executable, agent, "--env", "CartPole-v1", "--baseline", "mean", "--total-steps", "100",
         "--device", "cpu", "--run-dir", str(tmp_path / "run"), "--eval-episodes", "1",
     ]  # fmt: skip
-    path = os.pathsep.join(
-        [str(Path(ppo.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
+    path = os.pathsep.join([str(Path(agent).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = subprocess.run(
         command, capture_output=True, text=True, env=environment | {"PYTHONPATH": path}, timeout=120
     )

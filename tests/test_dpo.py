@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from command import rows, run, run_apart
+from command import rows, run, run_script
 from torch.func import grad
 from torch.nn.functional import logsigmoid
 
@@ -78,24 +78,30 @@ def test_a_run_lowers_its_loss_and_repeats_itself(tmp_path):
     assert one[-1]["eval_exact"] and one[-1]["eval_kl"] and one[-1]["chosen_log_prob"]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run of two rounds, of 128 visits each, in one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(dpo, *TINY, "--online", "2", "--run-dir", str(folder))
+    return folder
+
+
 @pytest.mark.parametrize("half", ["64", "128", "192"])
-def test_a_resumed_run_ends_where_one_in_one_go_does(half, tmp_path):
-    """Two rounds of 128 visits: stopped within the first, between them, within the second."""
-    run(dpo, *TINY, "--online", "2", "--run-dir", str(tmp_path / "whole"))
-    assert len({row["round"] for row in rows(tmp_path / "whole")}) == 2
-    folder = str(tmp_path / "half")
+def test_a_resumed_run_ends_where_one_in_one_go_does(half, whole, tmp_path):
+    """Stopped within the first round, between the two, within the second."""
+    assert len({row["round"] for row in rows(whole)}) == 2
     with pytest.raises(KeyboardInterrupt):
-        stopped_at(int(half), *TINY, "--online", "2", "--run-dir", folder)
-    run(dpo, "--resume", folder)
-    assert torch.equal(policy(tmp_path / "half"), policy(tmp_path / "whole"))
+        stopped_at(int(half), *TINY, "--online", "2", "--run-dir", str(tmp_path))
+    run(dpo, "--resume", str(tmp_path))
+    assert torch.equal(policy(tmp_path), policy(whole))
 
 
-def test_later_rounds_are_written_by_the_policy_of_then(tmp_path):
+def test_later_rounds_are_written_by_the_policy_of_then(whole, tmp_path):
     """In the one round of the offline method by the reference."""
-    for rounds in ("1", "2"):
-        run(dpo, *TINY, "--online", rounds, "--run-dir", str(tmp_path / rounds))
-        state = torch.load(tmp_path / rounds / "checkpoint.pt", weights_only=True)["state"]
-        assert torch.equal(state["writer"], state["ref"]) == (rounds == "1")
+    run(dpo, *TINY, "--online", "1", "--run-dir", str(tmp_path))
+    for folder in (whole, tmp_path):
+        state = torch.load(folder / "checkpoint.pt", weights_only=True)["state"]
+        assert torch.equal(state["writer"], state["ref"]) == (folder == tmp_path)
         assert not torch.equal(state["writer"], state["params"])
 
 
@@ -116,15 +122,25 @@ def stopped_at(step, *arguments):
         run(dpo, *arguments)
 
 
+# for responses of different lengths
+ADD = (*TINY, "--env", "Add", "--digits", "2")
+
+
+@pytest.fixture(scope="module")
+def by_default(tmp_path_factory):
+    """The parameters that the defaults learn."""
+    folder = tmp_path_factory.mktemp("default")
+    run(dpo, *ADD, "--run-dir", str(folder))
+    return policy(folder)
+
+
 @pytest.mark.parametrize(
     "arguments", [("--length-norm",), ("--reference-free",), ("--label-smoothing", "0.3"), ("--online", "4")]
 )
-def test_variants_run(arguments, tmp_path):
-    """... and learn something else than the defaults; Add, for responses of different lengths."""
-    add = (*TINY, "--env", "Add", "--digits", "2")
-    run(dpo, *add, *arguments, "--run-dir", str(tmp_path / "one"))
-    run(dpo, *add, "--run-dir", str(tmp_path / "two"))
-    assert not torch.equal(policy(tmp_path / "one"), policy(tmp_path / "two"))
+def test_variants_run(arguments, by_default, tmp_path):
+    """... and learn something else than the defaults."""
+    run(dpo, *ADD, *arguments, "--run-dir", str(tmp_path))
+    assert not torch.equal(policy(tmp_path), by_default)
 
 
 @pytest.mark.parametrize(
@@ -147,5 +163,5 @@ def test_bad_input_is_refused(arguments, words, tmp_path, monkeypatch):
 
 
 def test_bad_input_is_told_in_one_line():
-    done = run_apart("dpo", "--beta", "0")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--beta" in done.stderr
+    status, told = run_script("dpo", "--beta", "0")
+    assert status == 2 and told.count("\n") == 1 and "--beta" in told

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from command import rows, run, run_apart
+from command import rows, run, run_script
 from torch.func import grad
 
 from zoo import grpo_tokens
@@ -118,6 +118,18 @@ def test_the_same_seed_the_same_run_and_a_resumed_one_too(tmp_path):
     assert torch.equal(policy(tmp_path / "half"), policy(tmp_path / "one"))
 
 
+# for responses of different lengths
+ADD = (*TINY, "--env", "Add", "--digits", "2", "--beta", "0.5")
+
+
+@pytest.fixture(scope="module")
+def by_default(tmp_path_factory):
+    """The parameters that the defaults learn."""
+    folder = tmp_path_factory.mktemp("default")
+    run(grpo_tokens, *ADD, "--run-dir", str(folder))
+    return policy(folder)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -129,12 +141,10 @@ def test_the_same_seed_the_same_run_and_a_resumed_one_too(tmp_path):
         ("--kl", "k3", "--kl-in", "loss", "--kl-level", "token"),
     ],
 )
-def test_variants_run(arguments, tmp_path):
-    """... and learn something else than the defaults; Add, for responses of different lengths."""
-    add = (*TINY, "--env", "Add", "--digits", "2", "--beta", "0.5")
-    run(grpo_tokens, *add, *arguments, "--run-dir", str(tmp_path / "one"))
-    run(grpo_tokens, *add, "--run-dir", str(tmp_path / "two"))
-    assert not torch.equal(policy(tmp_path / "one"), policy(tmp_path / "two"))
+def test_variants_run(arguments, by_default, tmp_path):
+    """... and learn something else than the defaults."""
+    run(grpo_tokens, *ADD, *arguments, "--run-dir", str(tmp_path))
+    assert not torch.equal(policy(tmp_path), by_default)
 
 
 def test_it_learns_count(tmp_path):
@@ -143,7 +153,7 @@ def test_it_learns_count(tmp_path):
     assert run(grpo_tokens, *count, "--run-dir", str(tmp_path / "r")) < 0.8
 
 
-def test_compiled_equals_eager(tmp_path):
+def test_compiled_equals_eager(tmp_path, no_fallback):
     """One update from the same state; float32 in another order."""
     tiny = (*TINY, "--total-steps", "32", "--layers", "1", "--num-epochs", "1", "--num-minibatches", "1")
     for name in ("--compile", "--no-compile"):
@@ -172,5 +182,5 @@ def test_bad_input_is_refused(arguments, words, tmp_path, monkeypatch):
 
 
 def test_bad_input_is_told_in_one_line():
-    done = run_apart("grpo_tokens", "--group-size", "1")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--group-size" in done.stderr
+    status, told = run_script("grpo_tokens", "--group-size", "1")
+    assert status == 2 and told.count("\n") == 1 and "--group-size" in told

@@ -303,7 +303,7 @@ EVEN_ODD = 10  # a seed under which the first environment's seed is even and the
 
 SMALL: dict[str, Any] = dict(
     num_envs=8, num_steps=16, minibatch_size=128, num_epochs=10, learning_rate=1e-2, hidden=(16,),
-    gamma=0.9, eval_every=0, total_steps=128 * 25, normalize_obs=False, scale_rewards=False, device="cpu",
+    gamma=0.9, eval_every=0, total_steps=128 * 12, normalize_obs=False, scale_rewards=False, device="cpu",
     compile=False, progress=False, env_threads=1,
 )  # fmt: skip
 
@@ -563,19 +563,9 @@ def test_value_clip_holds_v_near_the_rollouts_in_all_epochs(tmp_path, recompute)
     assert moved[None] > 0.5 and moved[0.02] < 0.06, moved
 
 
-def test_a_coefficient_set_in_mid_run_counts_compiled_and_eagerly(tmp_path, monkeypatch, capsys):
+def test_a_coefficient_set_in_mid_run_counts_compiled_and_eagerly(tmp_path, monkeypatch, traced, no_fallback):
     """What is written is what runs: `args` may be edited within the loop. Compiled here means traced, with
     all of its guards, without the kernels, which take long and have no part in this."""
-    traces, real = [], torch.compile
-
-    def backend(graph, inputs, **_):
-        traces.append(graph)
-        return graph.forward
-
-    def compile_without_kernels(function, **kwargs):
-        return real(function, backend=backend, **kwargs)
-
-    monkeypatch.setattr(torch, "compile", compile_without_kernels)
     collect, args, calls = ppo.collect, Args(), 0
 
     def collect_and_edit(*arguments):
@@ -597,7 +587,7 @@ def test_a_coefficient_set_in_mid_run_counts_compiled_and_eagerly(tmp_path, monk
     plain, eager, compiled_ = entropies.values()
     assert eager[:2] == plain[:2] and eager[3] - plain[3] > 0.03
     assert compiled_ == pytest.approx(eager, abs=2e-3)
-    assert len(traces) == 2 and "warning" not in capsys.readouterr().err  # once more, and not eagerly
+    assert len(traced) == 2  # once more, and not eagerly
 
 
 def test_noise_is_no_copy_of_what_the_networks_began_with(tmp_path, spy, monkeypatch):
@@ -726,7 +716,7 @@ def test_probe_discounting(tmp_path):
 def test_probe_time_limit_is_no_end_of_the_world(tmp_path):
     """Reward 1 for ever, cut every 5 steps: V = 1 / (1 - 0.9), where a truncation taken for a termination
     makes at most 4.1."""
-    value, _ = learnt(small(tmp_path, "probe/Endless-v0", total_steps=128 * 50))
+    value, _ = learnt(small(tmp_path, "probe/Endless-v0", total_steps=128 * 30))
     assert value(0) == pytest.approx([10.0], abs=0.3)
 
 
@@ -880,17 +870,11 @@ def test_a_batch_of_two_transitions_and_minibatches_of_one(tmp_path, command_lin
 
 
 def test_cartpole_is_learnt(tmp_path, monkeypatch, capsys):
-    """The task's own settings, from the command line."""
+    """From the command line, with half the epochs of the task's own settings and a third of their steps."""
     run = [
-        "ppo.py",
-        "--env",
-        "CartPole-v1",
-        "--total-steps",
-        "50000",
-        "--no-compile",
-        "--run-dir",
-        str(tmp_path),
-    ]
+        "ppo.py", "--env", "CartPole-v1", "--num-epochs", "5", "--total-steps", "32768",
+        "--no-compile", "--run-dir", str(tmp_path),
+    ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", run)
     main(Args, ppo.train, lambda env: ppo.SETTINGS.get(env, {}))
     out = capsys.readouterr().out

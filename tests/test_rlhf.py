@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from command import rows, run, run_apart
+from command import rows, run, run_script
 from torch.func import grad
 from torch.nn.functional import logsigmoid
 
@@ -286,6 +286,14 @@ def test_each_stage_goes_on_from_its_checkpoint(stage, half, finished, tmp_path)
     assert not all(torch.equal(after[name], before[name]) for name in whole)
 
 
+@pytest.fixture(scope="module")
+def by_rule(tmp_path_factory):
+    """The agent that the defaults learn from the rule's rewards."""
+    folder = tmp_path_factory.mktemp("rule")
+    run(rlhf, *SORT, "--reward", "rule", "--run-dir", str(folder))
+    return agent(folder / "ppo")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -295,13 +303,10 @@ def test_each_stage_goes_on_from_its_checkpoint(stage, half, finished, tmp_path)
         ("--kl", "k3", "--kl-in", "loss"),
     ],
 )
-def test_variants_run(arguments, tmp_path):
+def test_variants_run(arguments, by_rule, tmp_path):
     """... and learn something else than the defaults."""
-    run(rlhf, *SORT, "--reward", "rule", *arguments, "--run-dir", str(tmp_path / "one"))
-    run(rlhf, *SORT, "--reward", "rule", "--run-dir", str(tmp_path / "two"))
-    assert not torch.equal(
-        agent(tmp_path / "one" / "ppo")["params"], agent(tmp_path / "two" / "ppo")["params"]
-    )
+    run(rlhf, *SORT, "--reward", "rule", *arguments, "--run-dir", str(tmp_path))
+    assert not torch.equal(agent(tmp_path / "ppo")["params"], by_rule["params"])
 
 
 @pytest.mark.parametrize(
@@ -332,9 +337,9 @@ def test_bad_input_is_refused(arguments, words, tmp_path, monkeypatch):
 
 
 def test_bad_input_is_told_in_one_line():
-    done = run_apart("rlhf", "--env", "Sort", "--stage", "ppo", "--earlier", "nowhere")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "the stage supervised has not been run" in done.stderr
+    status, told = run_script("rlhf", "--env", "Sort", "--stage", "ppo", "--earlier", "nowhere")
+    assert status == 2 and told.count("\n") == 1, told
+    assert "the stage supervised has not been run" in told
 
 
 def test_a_stage_of_another_task_or_network_is_refused(finished, tmp_path):

@@ -4,16 +4,14 @@ as a whole."""
 import csv
 import dataclasses
 import itertools
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import probes
 import pytest
 import torch
+from command import run_script
 from torch import nn
 from torch.func import functional_call, hessian, jacrev
 
@@ -26,7 +24,6 @@ from zoo.common.normalize import normalize
 from zoo.common.seeding import env_seeds
 
 F64 = torch.float64
-SCRIPT = Path(trpo.__file__)
 
 
 # --- a small policy in double precision ---------------------------------------------------------------------
@@ -309,8 +306,8 @@ def test_neither_update_moves_the_other_ones_parameters(discrete):
 QUICK = dict(total_steps=512, num_envs=4, num_steps=32, minibatch_size=64, hidden=(16,), eval_every=0,
              eval_episodes=2, compile=False, progress=False)  # fmt: skip
 PROBE = dict(total_steps=5120, learning_rate=5e-3, delta=0.05)
-CARTPOLE = dict(total_steps=40_960, num_envs=16, num_steps=64, minibatch_size=256, gae_lambda=0.98,
-                damping=1e-3, delta=0.02, eval_episodes=10, hidden=(64, 64))  # fmt: skip
+CARTPOLE = dict(total_steps=24_576, num_envs=16, num_steps=64, minibatch_size=256, gae_lambda=0.98,
+                damping=1e-3, delta=0.04, eval_episodes=10, hidden=(64, 64))  # fmt: skip
 
 
 def run(folder, env, resume=None, **changes):
@@ -525,16 +522,19 @@ def test_learns_cartpole(tmp_path):
 
 
 @pytest.mark.parametrize("discrete", [False, True])
-def test_compiled_equals_eager_over_several_updates(discrete):
+def test_compiled_equals_eager_over_several_updates(discrete, no_fallback):
     """In double precision, on given batches, few iterations: conjugate gradient, and environments, amplify
-    rounding."""
+    rounding. Compiled for Gaussians only: the critic's fit, in which no action has a part, and the surrogate
+    by itself, which its gradient computes as well."""
     ends = []
     for enabled in (False, True):
         params, forward, _, unflatten = problem(discrete, obs=30)
         start, opt = params, trpo.new_adam(params)
         cpu = torch.device("cpu")
-        given = {name: compile_function(f, cpu, enabled) for name, f in functions(forward).items()}
-        fit = compile_function(partial(trpo.fit_critic, forward, trpo.Args(minibatch_size=10)), cpu, enabled)
+        given = functions(forward) | {"fit": partial(trpo.fit_critic, forward, trpo.Args(minibatch_size=10))}
+        for name in ("gradient", "product") if discrete else given:
+            given[name] = compile_function(given[name], cpu, enabled)
+        fit = given.pop("fit")
         accepted = []
         for seed in range(4):
             batch = problem(discrete, obs=30, seed=seed)[2]
@@ -554,14 +554,16 @@ def test_compiled_equals_eager_over_several_updates(discrete):
     torch.testing.assert_close(*ends, rtol=1e-7, atol=1e-9)
 
 
-def test_compiled_run_equals_eager_run(tmp_path, capsys):
+def test_compiled_run_equals_eager_run(tmp_path, traced, no_fallback):
+    """Compiled here means traced, without the kernels, which the test before this one is about: each of the
+    four functions once, whatever the number of updates."""
     for name, compiled in (("eager", False), ("compiled", True)):
         run(tmp_path / name, "CartPole-v1", compile=compiled, total_steps=256)
     eager, compiled = (
         load_checkpoint(tmp_path / name / "checkpoint.pt", "it")["state"] for name in ("eager", "compiled")
     )
     torch.testing.assert_close(eager["params"], compiled["params"], rtol=1e-3, atol=1e-4)
-    assert "torch.compile failed" not in capsys.readouterr().err
+    assert len(traced) == 4
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
@@ -632,12 +634,8 @@ def test_bad_input_is_told_in_one_line(tmp_path):
     with pytest.raises(UsageError, match=r"^--log-std must be finite, not nan"):
         trpo.check(trpo.Args(log_std=float("nan")))
     trpo.check(trpo.Args())
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--env", "CartPole-v1", "--delta", "-1", "--run-dir", tmp_path / "run"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr == "error: --delta must be greater than 0, not -1\n"
+    told = run_script("trpo", "--env", "CartPole-v1", "--delta", "-1", "--run-dir", str(tmp_path / "run"))
+    assert told == (2, "error: --delta must be greater than 0, not -1\n")
     assert not (tmp_path / "run").exists()
 
 

@@ -164,13 +164,18 @@ class _Compiled:
 
 
 def own_code(function: Callable) -> Callable:
-    """A copy of a function, or of the one in a partial, with a code object of its own.
+    """A copy of a function with a code object of its own; of a partial, such a function that does the same.
 
     Dynamo counts compilations by code object, and without this two runs in one process would share the
-    allowance of one.
+    allowance of one. (A partial it calls from a function of its own, whose code all of them would share.)
     """
     if isinstance(function, partial):
-        return partial(own_code(function.func), *function.args, **function.keywords)
+        inner, first, named = own_code(function.func), function.args, function.keywords
+
+        def whole(*rest: Any) -> Any:
+            return inner(*first, *rest, **named)
+
+        return own_code(whole)
     code, defaults = function.__code__.replace(), function.__defaults__
     return types.FunctionType(code, function.__globals__, function.__name__, defaults, function.__closure__)
 
