@@ -1,5 +1,5 @@
-"""Draw learning curves: the mean over seeds of the deterministic evaluations with its 95% bootstrap interval, and
-each seed thin behind it.
+"""Draw learning curves: the mean over seeds of the deterministic evaluations with its 95% bootstrap interval,
+and each seed thin behind it.
 
     python scripts/plot.py runs/MY_RUN runs/ANOTHER      a curve for each run, to curves.png
     python scripts/plot.py --env HalfCheetah-v4          every agent on the task, to results/TASK.png
@@ -7,9 +7,9 @@ each seed thin behind it.
     python scripts/plot.py results/reinforce/CartPole-v1 results/no_baseline/reinforce/CartPole-v1 \\
         --labels "learned V" "no baseline" --out results/no_baseline.png
 
-An agent has one colour in all pictures. Over environment steps every budget has axes of its own, or the longest
-run would squeeze the others. Where --results holds a published.csv, what was published for an agent at its
-budget is a dotted line in its colour.
+An agent has one colour in all pictures. Over environment steps every budget has axes of its own, or the
+longest run would squeeze the others. Where --results holds a published.csv, what was published for an agent
+at its budget is a dotted line in its colour.
 
 Needs the extra `plots`: pip install -e '.[plots]'.
 """
@@ -18,6 +18,7 @@ import contextlib
 import csv
 import hashlib
 import importlib.util
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,8 @@ import tyro
 from zoo.common.args import require
 from zoo.common.errors import UsageError
 
-# Told apart by readers who see few colours as well (Okabe and Ito); an agent that is not named takes one of SPARE.
+# Told apart by readers who see few colours as well (Okabe and Ito); an agent that is not named takes one of
+# SPARE.
 COLOURS = {
     "ppo": "#0072B2", "trpo": "#D55E00", "actor_critic": "#009E73", "reinforce": "#CC79A7", "sac": "#E69F00",
     "grpo": "#56B4E9", "preferences": "#000000", "dppo": "#8C564B",
@@ -161,13 +163,18 @@ def read_published(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def published_evaluations(
+    rows: list[dict[str, str]], agent: str, env: str, steps: int
+) -> list[dict[str, str]]:
+    """Published evaluations of an agent on a task at this budget, the highest first; no training returns."""
+    wanted = (agent, env, "evaluation", steps)
+    found = [row for row in rows if (row["agent"], row["task"], row["kind"], int(row["steps"])) == wanted]
+    return sorted(found, key=lambda row: -float(row["value"]))
+
+
 def best_published(rows: list[dict[str, str]], agent: str, env: str, steps: int) -> dict[str, str] | None:
-    """The highest published evaluation of an agent on a task at this budget. Training returns do not count."""
-    found = [
-        row for row in rows
-        if (row["agent"], row["task"], row["kind"], int(row["steps"])) == (agent, env, "evaluation", steps)
-    ]  # fmt: skip
-    return max(found, key=lambda row: float(row["value"]), default=None)
+    """The highest of them, None where there is none."""
+    return next(iter(published_evaluations(rows, agent, env, steps)), None)
 
 
 def interval(returns: np.ndarray, reps: int = REPS, level: float = 0.95) -> np.ndarray:
@@ -236,13 +243,13 @@ def draw(
             xs, returns = xs[xs <= until], returns[:, xs <= until]
             require(len(xs) > 0, f"--until {until}: {folder} has no evaluation up to there")
         curves.append(Curve(name, agent_of(folder), budget(folder, xs[-1]), xs, returns))
-    published = published_for(folders, results) if until is None else [None] * len(folders)
+    published = published_for(folders, results) if until is None else []
     apart = x == "steps" and until is None  # axes of its own for each budget
     budgets = sorted({curve.budget for curve in curves}) if apart else [0]
     figure = Figure(figsize=(8.5, 4.6), layout="constrained")
     all_axes = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
     handles: list[Any] = []
-    for i, (curve, row) in enumerate(zip(curves, published, strict=True)):
+    for i, (curve, row) in enumerate(itertools.zip_longest(curves, published)):
         axes = all_axes[budgets.index(curve.budget) if apart else 0]
         look: dict[str, Any] = {"color": colour(curve.agent)}
         look["linestyle"] = DASHES[[other.agent for other in curves[:i]].count(curve.agent) % len(DASHES)]

@@ -14,21 +14,22 @@ Everything is computed from results/ alone, with rliable (Agarwal et al. 2021, a
     results/report.csv             every statistic with its 95% stratified bootstrap interval
     results/TASK.png, aggregate.png and the README between its markers
 
-Scores that are aggregated over tasks are normalised: 0 is random, 1 is PPO as published at the budget that PPO has
-here. Of an agent whose tasks have different numbers of seeds the first ones of each count there, as many as all
-have. Exit status: 0, 2 for bad input.
+Scores that are aggregated over tasks are normalised: 0 is random, 1 is PPO as published at the budget that
+PPO has here. Of an agent whose tasks have different numbers of seeds the first ones of each count there, as
+many as all have. Exit status: 0, 2 for bad input.
 
 Needs the extra `report`: pip install -e '.[report]'.
 """
 
 import csv
+import hashlib
 import importlib
 import importlib.util
 import io
-import re
+import itertools
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,12 +152,12 @@ def read_random(results: Path) -> dict[str, float]:
 # --- references ---------------------------------------------------------------------------------------------
 
 
-def table_bytes(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> bytes:
-    """A CSV."""
+def store(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write a CSV, atomically. Raises RunFault."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([columns, *rows])
-    return text.getvalue().encode()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    with writing(path.parent):
+        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def play_randomly(env: str) -> np.ndarray:
@@ -184,7 +185,7 @@ class Untrained(Exception):
 
 def before_training(agent: str, args: RunArgs) -> float:
     """The evaluation of an agent as `train` first makes it."""
-    module = importlib.import_module(f"zoo.{agent}")
+    module: Any = importlib.import_module(f"zoo.{agent}")
 
     class NoRun:
         step = 0
@@ -217,9 +218,7 @@ def play_references(rows: Sequence[Row], results: Path) -> None:
         returns = play_randomly(task)
         known.append((task, f"{returns.mean():.6g}", f"{returns.std(ddof=1):.6g}", len(returns)))
         print(f"random on {task}: {known[-1][1]}", flush=True)
-        text = table_bytes(("task", "mean", "std", "episodes"), sorted(known, key=lambda row: str(row[0])))
-        with writing(results):
-            write_atomically(path, lambda file, text=text: file.write(text))  # type: ignore[misc]
+        store(path, ("task", "mean", "std", "episodes"), sorted(known, key=lambda row: str(row[0])))
     for row in rows:
         if len(plot.starts(row.folder)) >= len(row.seeds):
             continue
@@ -232,12 +231,9 @@ def play_references(rows: Sequence[Row], results: Path) -> None:
             kept = {name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}
             kept |= {"seed": seed, "compile": False, "device": "cpu"}
             found.append((seed, f"{before_training(row.agent, args_class(**kept)):.6g}"))
-        text = table_bytes(("seed", "eval_return"), found)
-        with writing(row.folder):
-            write_atomically(row.folder / "start.csv", lambda file, text=text: file.write(text))  # type: ignore[misc]
-        print(
-            f"{row.name} on {row.task} before training: {', '.join(value for _, value in found)}", flush=True
-        )
+        store(row.folder / "start.csv", ("seed", "eval_return"), found)
+        values = ", ".join(value for _, value in found)
+        print(f"{row.name} on {row.task} before training: {values}", flush=True)
 
 
 # --- statistics ---------------------------------------------------------------------------------------------
@@ -294,7 +290,7 @@ def statistics(rows: Sequence[Row], results: Path) -> list[tuple[str, ...]]:
 
     found: list[tuple[str, ...]] = []
 
-    def add(quantity: str, agent: str, value: Sequence[float], against="", task="", x="") -> None:
+    def add(quantity: str, agent: str, value: Iterable[float], against="", task="", x="") -> None:
         found.append((quantity, agent, against, task, str(x), *(f"{v:.5g}" for v in value)))
 
     def both(scores: np.ndarray) -> np.ndarray:
@@ -376,22 +372,6 @@ def estimate(row: dict[str, str], seeds: int, digits: Callable[[float], str] = n
     return f"{value} [{low}, {high}]" if seeds > 1 else value
 
 
-def shown_published(row: Row, published: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Published evaluations of the row's agent and task at its budget, the highest first."""
-    found = [
-        p for p in published
-        if (p["agent"], p["task"], p["kind"], int(p["steps"])) == (row.agent, row.task, "evaluation", row.budget)
-    ]  # fmt: skip
-    return sorted(found, key=lambda p: -float(p["value"]))
-
-
-def methods(agent: str) -> str:
-    """What an agent's file says of itself, up to its source."""
-    path = ROOT / "zoo" / f"{agent}.py"
-    first = path.read_text().split('"""')[1].split("\n\n")[0].replace("\n", " ") if path.exists() else agent
-    return re.split(r" \(|: |, one file", first)[0].rstrip(".")
-
-
 def marked(row: Row) -> str:
     """The row's commits, with the mark of those that cannot be checked out."""
     shown = ", ".join(f"`{commit}`" for commit in row.commits[:2]) + (", ..." if len(row.commits) > 2 else "")
@@ -407,7 +387,7 @@ def table(rows: Sequence[Row], found: Statistics, published: list[dict[str, str]
     short_of, before = [], ""
     for row in rows:
         mean, middle = (found.of(quantity, row.name, row.task)[0] for quantity in ("mean", "iqm"))
-        theirs = [] if row.variant else shown_published(row, published)
+        theirs = [] if row.variant else plot.published_evaluations(published, row.agent, row.task, row.budget)
         cells = []
         for p in theirs:
             text, value = f"{number(float(p['value']))} ({p['source']})", float(p["value"])
@@ -508,12 +488,12 @@ def pictures(rows: Sequence[Row], results: Path) -> list[Picture]:
             out = results / row.variant / f"{row.task}.png"
             both = [original[0].folder, row.folder]
             found.append(Picture(out, both, labels, f"{row.agent} {row.changed} on {row.task}"))
-    own = {row.agent: row for row in rows if row.task == TOUR_TASK and not row.variant}
-    for before, after in zip(TOUR, TOUR[1:], strict=False):
-        if before in own and after in own:
-            folders, last = [own[name].folder for name in (before, after)], own[after].budget
+    toured = {row.agent: row for row in rows if row.task == TOUR_TASK and not row.variant}
+    for before, after in itertools.pairwise(TOUR):
+        if before in toured and after in toured:
+            folders = [toured[name].folder for name in (before, after)]
             caption = f"{after} and {before} on {TOUR_TASK}"
-            until = max(last, min(own[before].budget, 1_000_000))
+            until = max(toured[after].budget, min(toured[before].budget, 1_000_000))
             found.append(Picture(results / "tour" / f"{after}.png", folders, [before, after], caption, until))
     return found
 
@@ -528,15 +508,16 @@ def block(rows: Sequence[Row], found: Statistics, results: Path) -> str:
         *table(rows, found, published),
         "",
         f"Published, at the same budget: {legend(published)}. T, Z and C used the v3 tasks. "
-        "[`results/published.csv`](results/published.csv) has every number with its protocol, also those measured "
-        "as training returns, which are not set against evaluations here.",
+        "[`results/published.csv`](results/published.csv) has every number with its protocol, also those "
+        "measured as training returns, which are not set against evaluations here.",
     ]
     if not all(row.traced for row in rows):
         parts += ["", "† made by changed code, or by a commit that is not in the history."]
     if found.of("normalised iqm"):
         parts += [
             "",
-            "Over all tasks, 0 being random actions and 1 PPO as published, each agent on its own tasks and budgets:",
+            "Over all tasks, each agent on its own and with its own budgets; 0 are random actions, 1 is PPO "
+            "as published:",
             "",
             *aggregate_table(found),
             "",
@@ -546,10 +527,9 @@ def block(rows: Sequence[Row], found: Statistics, results: Path) -> str:
         parts += ["", f"![{first.caption}](results/{first.out.relative_to(results).as_posix()})"]
     more = [p for p in shown if p is not first]
     if more:
-        links = [
-            f"[{p.caption.removeprefix('Learning curves on ')}](results/{p.out.relative_to(results).as_posix()})"
-            for p in more
-        ]
+        paths = [p.out.relative_to(results).as_posix() for p in more]
+        names = [p.caption.removeprefix("Learning curves on ") for p in more]
+        links = [f"[{name}](results/{path})" for name, path in zip(names, paths, strict=True)]
         parts += ["", "More curves: " + ", ".join(links) + "."]
     return "\n".join(parts)
 
@@ -570,8 +550,6 @@ def between(text: str) -> tuple[str, str, str]:
 
 def data_of(rows: Sequence[dict[str, str]]) -> str:
     """The fingerprint of statistics that a picture is drawn from."""
-    import hashlib
-
     return hashlib.sha256(repr([tuple(row.values()) for row in rows]).encode()).hexdigest()[:16]
 
 
@@ -585,9 +563,9 @@ def draw_aggregate(found: Statistics, out: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 7.2), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.15))
-    means, profiles = top.subplots(1, 2, width_ratios=(1, 1.25))
-    chances = bottom.subplots()
+    grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.25), height_ratios=(1, 1.15))
+    means, profiles = (figure.add_subplot(grid[0, column]) for column in (0, 1))
+    chances = figure.add_subplot(grid[1, :])
     agents = found.of("normalised iqm")
     for place, row in enumerate(agents):
         name, value = row["agent"], float(row["value"])
@@ -601,9 +579,8 @@ def draw_aggregate(found: Statistics, out: Path) -> None:
         count = f"{row['x']} tasks" if row["x"] != "1" else "1 task"
         profiles.plot(x, y, color=plot.colour(name), label=f"{name} ({count})")
         profiles.fill_between(x, low, high, color=plot.colour(name), alpha=0.15, linewidth=0)
-        theirs = found.of("published profile", name)
-        if theirs:
-            y = [float(each["value"]) for each in theirs]
+        if published := found.of("published profile", name):
+            y = [float(each["value"]) for each in published]
             profiles.plot(x, y, color=plot.colour(name), linestyle=":", linewidth=1, drawstyle="steps-post")
     means.set_yticks(range(len(agents)), [row["agent"] for row in agents])
     means.invert_yaxis()
@@ -614,7 +591,7 @@ def draw_aggregate(found: Statistics, out: Path) -> None:
     profiles.legend(fontsize=8)
     pairs = found.of("improvement")
     for place, row in enumerate(pairs):
-        value, shared = float(row["value"]), row["x"]
+        value = float(row["value"])
         ends = [[max(value - float(row["low"]), 0)], [max(float(row["high"]) - value, 0)]]
         chances.errorbar(value, place, xerr=ends, fmt="o", capsize=3, color=plot.colour(row["agent"]))
     words = [
@@ -651,10 +628,9 @@ def report(args: Args) -> None:
     if args.references:
         play_references(rows, args.results)
     lines = statistics(rows, args.results)
+    store(args.results / "report.csv", COLUMNS, lines)
+    found = read_statistics(args.results)
     with writing(args.results):
-        text = table_bytes(COLUMNS, lines)
-        write_atomically(args.results / "report.csv", lambda file: file.write(text))
-        found = read_statistics(args.results)
         if args.pictures:
             for each in pictures(rows, args.results):
                 each.out.parent.mkdir(exist_ok=True)

@@ -94,6 +94,7 @@ def test_the_style_is_told_in_fifteen_lines_with_code_that_stands_in_ppo():
 def test_what_is_not_there_is_caught(tmp_path, check, old, new):
     (tmp_path / "a.py").write_text("def first():\n    return 1\n")
     (tmp_path / "b.py").write_text("def first():\n    return 2\n")
-    text = "### 1. X: [`a.py`](a.py)\n\n`first`\n\n```diff\n--- a.py\n+++ b.py\n-    return 1\n+    return 2\n```\n"
+    diff = "```diff\n--- a.py\n+++ b.py\n-    return 1\n+    return 2\n```\n"
+    text = f"### 1. X: [`a.py`](a.py)\n\n`first`\n\n{diff}"
     assert check(text, tmp_path) == []
     assert len(check(text.replace(old, new), tmp_path)) == 1
