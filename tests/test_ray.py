@@ -1,5 +1,12 @@
-"""benchmark.py --ray: a cluster of two nodes on this machine, one of which is killed while it runs agents."""
+"""Beyond one machine: benchmark.py --ray on a cluster of two nodes on this one, of which one is killed while it
+runs agents, and the README's array job.
+"""
 
+import os
+import re
+import shlex
+import subprocess
+import sys
 import threading
 import time
 
@@ -114,3 +121,29 @@ def test_a_run_that_goes_on_elsewhere_is_waited_for(bench, tmp_path, left):  # n
         (job.folder / "checkpoint.pt").write_text("600")
         assert not benchmark.is_finished(job) and benchmark.run_here(job) == ""
         assert bench.calls() == [*calls, "CartPole-v1 1 resume"]
+
+
+def test_the_array_job_of_the_readme_goes_on_and_is_taken_into_results(tmp_path, capsys):
+    text = (benchmark.REPOSITORY / "README.md").read_text()
+    script = re.findall(r"^```bash\n(#SBATCH.*?)^```", text, re.M | re.S)[0].replace(
+        "HalfCheetah-v4", "CartPole-v1"
+    )
+    short = "--total-steps 1024 --no-compile --eval-episodes 1"
+    script = script.replace('"$run"\n', f'"$run" {short}\n').replace(
+        "zoo/ppo.py", f"{benchmark.REPOSITORY}/zoo/ppo.py"
+    )
+    python = f'python() {{ {shlex.quote(sys.executable)} "$@"; }}\n'
+    environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "2", "PYTHONPATH": str(benchmark.REPOSITORY)}
+    said = []
+    for _ in range(2):  # the second time it was requeued
+        made = subprocess.run(
+            ["bash", "-ec", python + script], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert made.returncode == 0, made.stderr
+        said.append("resumed at step 1,024" in made.stdout + made.stderr)
+    assert said == [False, True]
+    where = ["--runs", str(tmp_path / "runs" / "benchmark"), "--results", str(tmp_path / "results")]
+    asked = ["--agent", "ppo", "--env", "CartPole-v1", "--seeds", "2", f"--args={short}", *where]
+    assert benchmark.main(asked) == 0
+    assert "ppo    CartPole-v1  1,024" in capsys.readouterr().out
+    assert (tmp_path / "results" / "ppo" / "CartPole-v1" / "seed_2.csv").exists()
