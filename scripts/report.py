@@ -49,7 +49,7 @@ from zoo.common.seeding import generator_seed
 ROOT = Path(__file__).parents[1]
 NOT_RUNS = {"diffusion", "estimators", "tokens"}  # folders of results/ with layouts of their own
 BEGIN, END = "<!-- report:begin -->", "<!-- report:end -->"
-REPS = 5000  # bootstrap samples of an interval
+REPS = 2000  # bootstrap samples of an interval
 TAUS = tuple(round(0.05 * i, 2) for i in range(31))  # normalised scores at which a profile is computed
 COLUMNS = ("quantity", "agent", "against", "task", "x", "value", "low", "high")
 EPISODES = 100  # of random play
@@ -96,7 +96,8 @@ class Row(NamedTuple):
 
 def short(commit: str | None) -> str:
     """A commit as the table names it."""
-    return f"{commit[:7]}{'-dirty' if commit.endswith('-dirty') else ''}" if commit else "none"
+    code, dash, dirty = (commit or "none").partition("-")
+    return code[:7] + dash + dirty
 
 
 def read_row(folder: Path, results: Path) -> Row:
