@@ -38,6 +38,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -675,11 +676,13 @@ def run_on_ray(jobs: list[Job], address: str) -> tuple[list[str], int]:
     paths = [str(Path(__file__).parent), str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     path = os.pathsep.join(os.path.abspath(part) for whole in paths for part in whole.split(os.pathsep))
     try:
+        if place := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address):  # Ray itself would try for minutes
+            socket.create_connection((place[1], int(place[2])), timeout=10).close()
         ray.init(
             address, runtime_env={"env_vars": {"PYTHONPATH": path}}, log_to_driver=False,
             logging_level="error",
         )  # fmt: skip
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, OverflowError, ValueError, RuntimeError) as error:
         raise UsageError(f"--ray {address}: {str(error).splitlines()[0]}") from error
     failures, told = list[str](), 0
     with contextlib.ExitStack() as stack:

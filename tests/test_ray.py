@@ -1,5 +1,5 @@
-"""Beyond one machine: benchmark.py --ray on a cluster of two nodes on this one, of which one is killed while it
-runs agents, and the README's array job.
+"""Beyond one machine: benchmark.py --ray on a cluster of two nodes on this one, of which one is killed while
+it runs agents, and the README's array job.
 """
 
 import os
@@ -18,7 +18,7 @@ from test_scripts import bench  # noqa: F401  a fixture
 HANGS = 'os.environ.get("STUB_HANG")'  # the environment of a node is not the test's
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster():
     pytest.importorskip("ray", reason="pip install -e '.[ray]'")
     from ray.cluster_utils import Cluster
@@ -90,9 +90,10 @@ def test_a_failed_run_is_told_and_the_others_are_made(cluster, bench, monkeypatc
 
 def test_an_address_without_a_cluster_is_one_line(bench, capsys):  # noqa: F811
     pytest.importorskip("ray")
-    assert bench("--ray", "127.0.0.1:1") == 2
-    error = capsys.readouterr().err.splitlines()
-    assert error[-1].startswith("error: --ray 127.0.0.1:1: ") and not bench.calls()
+    for address in ("127.0.0.1:1", "127.0.0.1:99999", "nonsense"):
+        assert bench("--ray", address) == 2
+        error = capsys.readouterr().err.splitlines()
+        assert error[-1].startswith(f"error: --ray {address}: ") and not bench.calls()
 
 
 def test_without_ray_a_line_names_what_to_install(bench, monkeypatch, capsys):  # noqa: F811
