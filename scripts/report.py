@@ -84,6 +84,7 @@ class Row(NamedTuple):
     commits: tuple[str, ...]
     traced: bool  # all of them in the history, their code unchanged
     changed: str  # arguments in which a variant differs from the agent as it is
+    annealed: bool  # towards the budget's end, so that an earlier point is not that of a smaller budget
 
     @property
     def scores(self) -> np.ndarray:
@@ -116,7 +117,7 @@ def read_row(folder: Path, results: Path) -> Row:
     return Row(
         agent, folder.name, "/".join(variant), folder, int(args["total_steps"]),
         {seed: float(entry["mean"]) for seed, entry in seeds.items()},
-        tuple(short(commit) for commit in commits), traced, changed,
+        tuple(short(commit) for commit in commits), traced, changed, bool(args.get("anneal", False)),
     )  # fmt: skip
 
 
@@ -379,6 +380,25 @@ def marked(row: Row) -> str:
     return shown + ("" if row.traced else " †")
 
 
+def comparisons(row: Row, published: list[dict[str, str]]) -> list[tuple[str, np.ndarray, dict[str, str]]]:
+    """(words before it, our seeds' returns, the published row) of all that a row is set against.
+
+    Published at the row's budget; where nothing is annealed, at smaller ones that were evaluated, too.
+    """
+    if row.variant:
+        return []
+    found = [
+        ("", row.scores, p) for p in plot.published_evaluations(published, row.agent, row.task, row.budget)
+    ]
+    if not row.annealed:
+        at, returns = plot.load_curves(row.folder)
+        for budget, values in zip(at.astype(int).tolist(), returns.T, strict=True):
+            if budget < row.budget:
+                earlier = plot.published_evaluations(published, row.agent, row.task, budget)
+                found += [(f"at {steps(budget)} ", values, p) for p in earlier]
+    return found
+
+
 def table(rows: Sequence[Row], found: Statistics, published: list[dict[str, str]]) -> list[str]:
     """The table of agents, and a line for each published value that is not reached."""
     lines = [
@@ -388,18 +408,19 @@ def table(rows: Sequence[Row], found: Statistics, published: list[dict[str, str]
     short_of, before = [], ""
     for row in rows:
         mean, middle = (found.of(quantity, row.name, row.task)[0] for quantity in ("mean", "iqm"))
-        theirs = [] if row.variant else plot.published_evaluations(published, row.agent, row.task, row.budget)
         cells = []
-        for p in theirs:
-            text, value = f"{number(float(p['value']))} ({p['source']})", float(p["value"])
-            if float(mean["value"]) < value:
+        for when, scores, p in comparisons(row, published):
+            ours, value = float(scores.mean()), float(p["value"])
+            text = f"{number(value)} ({p['source']})"
+            if ours < value:
                 text = f"**{text}**"
-                inside = len(row.seeds) > 1 and value <= float(mean["high"])
-                where = "inside our interval" if inside else "above our interval"
+                # the table's own interval, where it is the final evaluation
+                high = float(plot.interval(scores[:, None])[1, 0]) if when else float(mean["high"])
+                where = "inside our interval" if len(scores) > 1 and value <= high else "above our interval"
                 runs = "one run" if p["seeds"] == "1" else f"{p['seeds']} seeds"
-                lack = f"{number(float(mean['value']))} against {number(value)} ({p['source']}, {runs})"
-                short_of.append(f"**{row.agent} on {row.task}**: {lack}, which lies {where}")
-            cells.append(text)
+                lack = f"{number(ours)} against {number(value)} ({p['source']}, {runs})"
+                short_of.append(f"**{row.agent} on {row.task}**: {when}{lack}, which lies {where}")
+            cells.append(f"{when}{number(ours)}: {text}" if when else text)
         file = f"[`{row.agent}.py`](zoo/{row.agent}.py)"
         name = "" if row.agent == before and not row.variant else file
         name += f" `{row.changed}`" if row.changed else ""
@@ -407,7 +428,7 @@ def table(rows: Sequence[Row], found: Statistics, published: list[dict[str, str]
         count = len(row.seeds)
         lines.append(
             f"| {name} | {row.task} | {steps(row.budget)} | {count} | {estimate(mean, count)} "
-            f"| {estimate(middle, count)} | {', '.join(cells)} | {marked(row)} |"
+            f"| {estimate(middle, count)} | {', '.join(cells) or '-'} | {marked(row)} |"
         )
     if short_of:
         lines += ["", "Not reached, in bold above:", "", *(f"- {line}" for line in short_of)]
