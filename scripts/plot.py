@@ -41,6 +41,7 @@ COLOURS = {
 SPARE = ("#666666", "#6A3D9A", "#B2DF8A", "#17BECF", "#A6761D")
 DASHES = ("-", "--", "-.", (0, (1, 1)))  # of further curves of one agent
 REPS = 2000  # bootstrap samples of an interval
+LEFT = 0.01  # of the axes' width, where what was published is named
 DATA = "Data"  # the entry of a PNG that tells what it was drawn from
 
 
@@ -262,11 +263,19 @@ def draw(
             curve.x, curve.returns.mean(0), linewidth=2, label=f"{curve.label} ({count})", **look
         )
         if row is not None:
-            axes.axhline(float(row["value"]), color=look["color"], linestyle=":", linewidth=1.4)
-            # at the left, where the curves are still below it
-            place = {"transform": axes.get_yaxis_transform(), "ha": "left", "va": "bottom", "fontsize": 8}
             text = f"{float(row['value']):,.0f} ({row['source']})"
-            axes.text(0.01, float(row["value"]), text, color=look["color"], **place)
+            axes.axhline(float(row["value"]), color=look["color"], linestyle=":", linewidth=1.4, gid=text)
+    for axes in all_axes:
+        low, high = axes.get_ylim()
+        lines = [line for line in axes.get_lines() if line.get_gid()]
+        before, x_of_label = -np.inf, LEFT
+        for line in sorted(lines, key=lambda line: line.get_ydata()[0]):
+            value = line.get_ydata()[0]
+            # at the left, where the curves are still below it; beside the one that it would cover
+            x_of_label = x_of_label + 0.2 if value - before < 0.05 * (high - low) else LEFT
+            place = {"transform": axes.get_yaxis_transform(), "ha": "left", "va": "bottom", "fontsize": 8}
+            axes.text(x_of_label, value, line.get_gid(), color=line.get_color(), **place)
+            before = value
     grey = "#555555"
     handles.append(Line2D([], [], color=grey, linewidth=0.6, label="single seeds"))
     if any(len(curve.returns) > 1 for curve in curves):

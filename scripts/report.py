@@ -439,7 +439,7 @@ def aggregate_table(found: Statistics) -> list[str]:
     """The aggregate scores, ours beside the published ones."""
     lines = [
         "| agent | tasks | normalised interquartile mean [95%] | as published | normalised mean [95%] "
-        "| as published | a run beats the published value [95%] |",
+        "| as published | a run beats the published value, ties half [95%] |",
         "|---|---|---|---|---|---|---|",
     ]
 
@@ -452,7 +452,7 @@ def aggregate_table(found: Statistics) -> list[str]:
         for quantity in ("iqm", "mean"):
             cells.append(estimate(found.of(f"normalised {quantity}", name)[0], 2, two))
             theirs = found.of(f"published normalised {quantity}", name)
-            on = f" ({theirs[0]['x']} tasks)" if theirs and theirs[0]["x"] != row["x"] else ""
+            on = f" (on {theirs[0]['x']})" if theirs and theirs[0]["x"] != row["x"] else ""
             cells.append(two(float(theirs[0]["value"])) + on if theirs else "")
         beats = [r for r in found.of("improvement", name) if r["against"].endswith(" as published")]
         cells.append(estimate(beats[0], 2, two) if beats else "")
