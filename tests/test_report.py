@@ -207,6 +207,18 @@ def test_statistics_by_hand(made, monkeypatch):
     assert value("mean", "ppo", "high", task="A-v0") == pytest.approx(high, abs=0.26)
 
 
+def test_the_probability_of_improvement_is_rliables():
+    pytest.importorskip("rliable", reason="pip install -e '.[report]'")
+    from rliable import metrics
+
+    generator = np.random.default_rng(1)
+    ours, theirs = generator.integers(5, size=(7, 3)), generator.integers(1, 6, size=(4, 3))
+    assert report.improvement(ours, theirs)[0] == pytest.approx(
+        metrics.probability_of_improvement(ours, theirs)
+    )
+    assert report.improvement(ours, ours)[0] == pytest.approx(0.5) != report.improvement(ours, theirs)[0]
+
+
 def test_intervals_are_the_same_each_time_and_narrower_for_more_seeds():
     pytest.importorskip("rliable", reason="pip install -e '.[report]'")
     generator = np.random.default_rng(0)
