@@ -4,6 +4,7 @@
     python scripts/benchmark.py --agent ppo --env HalfCheetah-v4 --total-steps 2e5 --args "--num-envs 16"
     python scripts/benchmark.py --suite ppo      a list kept in this file
     python scripts/benchmark.py --report         the table of what is in results/, without running anything
+    python scripts/benchmark.py --suite ppo --ray auto      the same runs on a Ray cluster
 
 Every run is a process of its own on one core. It may all be killed at any moment: the same command goes on
 where it stopped, skipping what is recorded and resuming what has a checkpoint. Ctrl-C lets every run write
@@ -13,6 +14,10 @@ its checkpoint first.
     RESULTS/AGENT/TASK/seed_N.csv    its progress.csv, thinned
     RESULTS/AGENT/TASK/meta.json     final evaluations, arguments, versions, commit, machine, the commands
     RESULTS/AGENT/TASK/agent.pt      the agent of the median seed by final evaluation (of two the lower one)
+
+On a Ray cluster (extra `ray`) every run takes one CPU of some node; Ray sends it to another node when its own
+is lost, and there it goes on from its checkpoint. Code, RUNS and RESULTS lie on storage that all nodes see
+under the same path.
 
 In meta.json what all seeds share stands once at the top, and what differs (a commit, say) with each seed;
 `agent_seed` says whose agent.pt it is, null where that seed's run is not at hand. Seeds run under different
@@ -24,6 +29,7 @@ input, 130 (143, 129) after Ctrl-C (SIGTERM, SIGHUP).
 import contextlib
 import csv
 import dataclasses
+import fcntl
 import importlib.util
 import io
 import json
@@ -32,6 +38,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -137,6 +144,8 @@ class Args:
     """further arguments for every run, in one string"""
     jobs: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     """runs at the same time (default: one a usable core)"""
+    ray: str | None = None
+    """address of a Ray cluster to run on, such as auto or 10.0.0.1:6379, in place of this machine's cores"""
     results: Path = Path("results")
     """where curves and meta.json are kept"""
     runs: Path = Path("runs/benchmark")
@@ -466,6 +475,16 @@ def is_recorded(job: Job) -> bool:
     )
 
 
+def is_finished(job: Job) -> bool:
+    """Whether the run's folder holds this very run, made to its end."""
+    with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError):
+        rows, made = read_run(job.folder)
+        # the evaluation of the trained agent is the last that a run does
+        trained = (job.folder / "agent.pt").exists() and bool(rows[-1]["eval_return"])
+        return trained and not differences(made["args"], job)
+    return False
+
+
 def refuse_mixing(jobs: list[Job]) -> None:
     """Raise UsageError where results or unfinished runs were made with other arguments than the ones asked
     for."""
@@ -610,6 +629,101 @@ def run_all(jobs: list[Job], side_by_side: int) -> tuple[list[str], int]:
     return failures, signals[0] if signals else 0
 
 
+# --- running on a Ray cluster -------------------------------------------------------------------------------
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a run that is going on holds the folder."""
+    try:
+        with open(folder / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def run_here(job: Job) -> str:
+    """Make a run on the node that this is called on, to its end; why it failed, or "".
+
+    Where the run was begun on a node that the cluster has lost, but which still lives and works on, it is
+    left to it.
+    """
+    while True:
+        while in_use(job.folder):
+            time.sleep(POLL)
+        if is_finished(job):
+            return ""
+        try:
+            process = start(job)
+            try:
+                status = process.wait()
+            except BaseException:  # cancelled: Ctrl-C where the benchmark was started
+                process.send_signal(signal.SIGINT)
+                process.wait()
+                raise
+            reason = f"exit status {status}: {last_line(job.log)} (log: {job.log})" if status else ""
+        except (UsageError, OSError) as error:
+            reason = str(error)
+        if not (reason and in_use(job.folder)):  # else the other one was only slower to take the folder
+            return reason
+
+
+def run_on_ray(jobs: list[Job], address: str) -> tuple[list[str], int]:
+    """As `run_all`, by the nodes of a Ray cluster. Raises UsageError."""
+    require(importlib.util.find_spec("ray") is not None, "--ray needs Ray: pip install -e '.[ray]'")
+    import ray
+
+    paths = [str(Path(__file__).parent), str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = os.pathsep.join(os.path.abspath(part) for whole in paths for part in whole.split(os.pathsep))
+    try:
+        if place := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address):  # Ray itself would try for minutes
+            socket.create_connection((place[1], int(place[2])), timeout=10).close()
+        ray.init(
+            address, runtime_env={"env_vars": {"PYTHONPATH": path}}, log_to_driver=False,
+            logging_level="error",
+        )  # fmt: skip
+    except (OSError, OverflowError, ValueError, RuntimeError) as error:
+        raise UsageError(f"--ray {address}: {str(error).splitlines()[0]}") from error
+    failures, told = list[str](), 0
+    with contextlib.ExitStack() as stack:
+        stack.callback(ray.shutdown)
+        signals = stack.enter_context(stop_signals())
+        bar = stack.enter_context(tqdm(total=len(jobs), unit="run", dynamic_ncols=True, disable=None))
+        cores = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes())
+        # a lost node is no fault of the run's: it is sent to another as often as that happens
+        remote = ray.remote(num_cpus=1, max_retries=-1)(run_here)
+        running = {remote.remote(absolute(job)): job for job in jobs}
+        while running:
+            if len(signals) > told:
+                told = len(signals)
+                tqdm.write(f"stopping {len(running)} runs; each writes a checkpoint first", file=sys.stderr)
+                for task in running:
+                    ray.cancel(task, force=told > 1)
+            finished, _ = ray.wait(list(running), timeout=POLL)
+            for task in finished:
+                job = running.pop(task)
+                bar.update()
+                try:
+                    if reason := ray.get(task):
+                        raise RunFault(reason)
+                    entry = record(job, min(cores, len(jobs)))
+                    final = f"{entry['mean']:.2f} ± {entry['std']:.2f} over {entry['episodes']} episodes"
+                    tqdm.write(f"{job}: {final}, {entry['steps']:,} steps, {entry['sps']:,.0f} steps/s")
+                except (RunFault, ray.exceptions.RayError) as error:
+                    if not signals:
+                        failures.append(f"{job}: {str(error).splitlines()[0]}")
+                        tqdm.write(f"FAILED {failures[-1]}", file=sys.stderr)
+    return failures, signals[0] if signals else 0
+
+
+def absolute(job: Job) -> Job:
+    """The job with whole paths: a node's working directory is another."""
+    found = dataclasses.replace(job, folder=job.folder.absolute(), results=job.results.absolute())
+    return dataclasses.replace(found, script=job.script.absolute())
+
+
 # --- the table ----------------------------------------------------------------------------------------------
 
 
@@ -698,14 +812,13 @@ def benchmark(args: Args, command: str) -> int:
         for job in jobs:
             if is_recorded(job):
                 continue
-            finished = (job.folder / "agent.pt").exists()  # what a run writes last
-            if finished and not differences(run_args(job.folder), job):
+            if is_finished(job):
                 record(job, args.jobs)  # this script was killed before it came to that
             else:
                 todo.append(job)
         if skipped := len(jobs) - len(todo):
             print(f"{skipped} of {len(jobs)} runs are finished and skipped", flush=True)
-        failures, stopped = run_all(todo, args.jobs)
+        failures, stopped = run_on_ray(todo, args.ray) if args.ray else run_all(todo, args.jobs)
         keep_agents(jobs)
     print(table(list(dict.fromkeys(job.results for job in jobs))), flush=True)
     if stopped:

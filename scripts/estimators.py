@@ -587,21 +587,23 @@ COSINE = Panel("cosine", f"cosine of {BATCH} episodes\nwith the reference", Fals
 # file: (the question, its caption, panels)
 FIGURES: dict[str, tuple[str, str, tuple[Panel, ...]]] = {
     "psi": (
-        "Does each step down the table of Ψ cut the variance, and what bias does it bring?",
-        "Psi_t of S4 Table 2.2. Both tasks are deterministic, so with the true V the TD residual is the "
-        "advantage itself; Q is r + gamma V(s'). 'better V' is the critic fitted on to the reference's "
-        "returns.",
+        "What may stand for an action's worth, at which variance and which bias?",
+        "An episode's estimate is Σ ∇log π(a_t|s_t) Ψ_t; along the axis, Ψ. Total: all rewards of the "
+        "episode; to-go: those from t on; V: the critic's; Q: the reward and the discounted V of the next "
+        "state; TD: Q - V. Both tasks are deterministic, so that with the true V the TD error is the "
+        "advantage itself. Better V: the critic fitted on to the returns of many more episodes.",
         (VARIANCE, BIAS, COSINE),
     ),
     "baselines": (
         "Which baseline lowers the variance most?",
-        "Return to go less a baseline: nothing, the other episodes' mean return, the best constant, the "
-        "agent's V, a better V.",
+        "Ψ is the return to go less a baseline: nothing, the other episodes' mean return, the best constant, "
+        "the agent's V, a V fitted on to many more episodes.",
         (VARIANCE, COSINE),
     ),
     "gae": (
         "Where does λ trade bias for variance?",
-        "GAE with the agent's critic; λ = 0 is the TD residual, λ = 1 the return to go less V.",
+        "Generalised advantage estimates with the agent's critic; λ = 0 is the TD error, λ = 1 the return to "
+        "go less V.",
         (VARIANCE, BIAS, COSINE),
     ),
     "n_step": (
@@ -611,21 +613,23 @@ FIGURES: dict[str, tuple[str, str, tuple[Panel, ...]]] = {
     ),
     "importance": (
         "How far may a policy move before its old episodes are of no use?",
-        "Episodes of the old policy, reweighted for one moved along the gradient; reference: the new "
-        "policy's own episodes (of which their own batches are a part). What leaves the axis has vanished "
-        "with the product of its ratios.",
+        "Gradients of a policy that has moved by a KL, from episodes of the old one, reweighted by ratios of "
+        "new to old action probabilities. 'All' multiplies those of the whole episode, 'to each reward' "
+        "those before a reward, 'to the action' those up to the action. Reference: the new policy's own "
+        "episodes, of which 'own episodes' are a part. What leaves the axis has vanished with its product.",
         (COSINE, VARIANCE, Panel("effective sample size", "effective sample size\n/ samples")),
     ),
     "kl_value": (
         "Is k2's bias worth its small spread, and is k3 the best of both?",
-        "One action's estimate of KL(π || ref) on the agent's states, ref moved along the gradient; both "
-        "over the KL.",
-        (Panel("bias", "bias / KL", False), Panel("std", "standard deviation / KL")),
+        "One action's estimate of KL(π || ref), over that KL, ref being moved away from π: k1 = "
+        "log(π / ref), k2 = half its square, k3 = ref / π - 1 + log(π / ref).",
+        (Panel("bias", "bias / KL", False), Panel("std", "standard deviation\n/ KL")),
     ),
     "kl_gradient": (
         "Which KL does a penalty descend, as a loss and inside the reward?",
-        "Gradient over 8,192 samples (65,536 for its length) against the exact gradients of the KL's two "
-        "directions.",
+        "k1 = log(π / ref), k2 = half its square, k3 = ref / π - 1 + log(π / ref), of actions drawn by π. "
+        "Loss: the estimate is differentiated; reward: it weighs ∇log π. Gradients over 8,192 samples "
+        "(65,536 for their length) against the exact ones of the KL's two directions.",
         (
             Panel("cosine with grad KL(pi || ref)", "cosine with\n∇KL(π || ref)", False),
             Panel("cosine with grad KL(ref || pi)", "cosine with\n∇KL(ref || π)", False),
@@ -633,92 +637,119 @@ FIGURES: dict[str, tuple[str, str, tuple[Panel, ...]]] = {
         ),
     ),
 }
+BY_STAGE = ("psi", "baselines", "gae", "n_step")  # their curves are stages of training, else estimators
+# what an estimator is called where its curve ends, and its colour
+SHORT = {
+    "whole product (S4 2.9)": ("all", "C0"),
+    "causal products (S4 A.3)": ("to each reward", "C1"),
+    "w_t twice (S4 2.10)": ("same, action's twice", "C2"),
+    "past products (S4 2.11)": ("to the action", "C3"),
+    "one ratio (S4 2.13)": ("the action's alone", "C4"),
+    "one ratio, clipped": ("that, clipped", "C5"),
+    "no ratio": ("none", "C6"),
+    "the new policy's own": ("own episodes", "black"),
+    "weights: whole product": ("all", "C0"),
+    "weights: one ratio": ("the action's alone", "C4"),
+}
 
 
 def draw(name: str, rows: list[dict[str, str]], path: Path) -> None:
-    """One figure: a row of axes for each quantity, a column for each task (and stage, where the curves are
-    estimators)."""
+    """One figure: a row of axes for each quantity, a column for each task."""
     from matplotlib.figure import Figure
 
     question, caption, panels = FIGURES[name]
     envs = list(dict.fromkeys(row["env"] for row in rows))
-    stages = {env: sorted({int(row["stage"]) for row in rows if row["env"] == env}) for env in envs}
-    by_stage = name in ("psi", "baselines", "gae", "n_step")  # curves are stages, else estimators
-    columns = [(env, stage) for env in envs for stage in ([None] if by_stage else stages[env])]
-    width = 1 + (4.6 * len(columns) if by_stage else 2.6 * len(columns) + 2.4)
-    figure = Figure(figsize=(width, 1.6 + 2.4 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), len(columns), squeeze=False, sharex=False, sharey="row")
-    categories = (
-        list(dict.fromkeys((float(row["x"]), row["estimator"]) for row in rows))
-        if name in ("psi", "baselines")
-        else []
-    )
-    categories.sort()
-    names = list(dict.fromkeys(row["estimator"] for row in rows))
-    for (i, panel), (j, (env, stage)) in itertools.product(enumerate(panels), enumerate(columns)):
-        axis = axes[i][j]
+    figure = Figure(figsize=(1 + 4.4 * len(envs), 1.8 + 2.3 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), len(envs), squeeze=False, sharey="row")
+    for (i, panel), (j, env) in itertools.product(enumerate(panels), enumerate(envs)):
+        axis, last = axes[i][j], i == len(panels) - 1
         here = [row for row in rows if row["env"] == env and row["quantity"] == panel.quantity]
-        if stage is None:
-            curves = {f"{s:,} steps": [row for row in here if int(row["stage"]) == s] for s in stages[env]}
-        else:
-            here = [row for row in here if int(row["stage"]) == stage]
-            curves = {
-                e: [row for row in here if row["estimator"] == e]
-                for e in dict.fromkeys(row["estimator"] for row in here)
-            }
-        finite = sorted({float(row["x"]) for row in here if math.isfinite(float(row["x"]))})
-        for place, (label, points) in enumerate(curves.items()):
-            number = place if by_stage else names.index(label)  # one colour for an estimator in all axes
-            points.sort(key=lambda row: float(row["x"]))
-            x = [position(name, float(row["x"]), finite) for row in points]
-            y, errors = ([float(row[key]) for row in points] for key in ("value", "error"))
-            shift = (number - (len(curves) - 1) / 2) * 0.12 if categories else 0.0
-            look = {
-                "color": f"C{number}",
-                "marker": "osD^vP*X<>"[number % 10],
-                "linestyle": "none" if categories else "-",
-            }
-            axis.errorbar(
-                [v + shift for v in x],
-                y,
-                yerr=errors,
-                label=label,
-                capsize=2,
-                markersize=4,
-                linewidth=1.2,
-                **look,
-            )
         if panel.log:
             axis.set_yscale("log")
-        elif panel.quantity == "bias" and by_stage:
+        elif panel.quantity == "bias" and name in BY_STAGE:
             axis.set_yscale("symlog", linthresh=0.1)
         else:
             axis.axhline(0, color="grey", linewidth=0.6)
+        (stages_in if name in BY_STAGE else estimators_in)(axis, name, here, last)
         if j == 0:
             axis.set_ylabel(panel.label)
         if i == 0:
-            axis.set_title(env if stage is None else f"{env}\n{stage:,} steps", fontsize=10)
-        label_x(axis, name, finite, categories, last=i == len(panels) - 1)
+            axis.set_title(env, fontsize=10)
+            if name in BY_STAGE:
+                axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-        if by_stage and i == 0:
-            axis.legend(fontsize=8)
     for panel, row in zip(panels, axes, strict=True):
-        if panel.log or (panel.quantity == "bias" and by_stage):
+        if panel.log or (panel.quantity == "bias" and name in BY_STAGE):
             # products of ratios vanish
             row[0].set_ylim(bottom=max(row[0].get_ylim()[0], 1e-3) if panel.log else 0)
-    if not by_stage:
-        handles = {
-            label: handle
-            for row in axes
-            for axis in row
-            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=9)
-    figure.suptitle(textwrap.fill(question, int(8.5 * width)), fontsize=13, fontweight="bold")
-    figure.supxlabel(textwrap.fill(caption + " Bars: one standard error.", int(13 * width)), fontsize=9)
+    if name not in BY_STAGE:
+        figure.canvas.draw()  # where curves end on the page, is known only now
+        for axis in axes.flat:
+            label_ends(axis)
+    bars = (
+        " Bars: one standard error."
+        if name in BY_STAGE
+        else " Lines: the median over stages of one training, bands: their range."
+    )
+    width = figure.get_figwidth()
+    figure.suptitle(textwrap.fill(question, int(8 * width)), fontsize=13, fontweight="bold")
+    figure.supxlabel(textwrap.fill(caption + bars, int(13 * width)), fontsize=9)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=110)
     write_atomically(path, lambda file: file.write(image.getvalue()))
+
+
+def stages_in(axis: Any, name: str, rows: list[dict[str, str]], last: bool) -> None:
+    """Curves of a quantity along the table, the baselines, lambda or n: one for each stage of training."""
+    categories = sorted({(float(row["x"]), row["estimator"]) for row in rows})
+    categories = categories if name in ("psi", "baselines") else []
+    finite = sorted({float(row["x"]) for row in rows if math.isfinite(float(row["x"]))})
+    stages = sorted({int(row["stage"]) for row in rows})
+    for place, stage in enumerate(stages):
+        points = sorted((row for row in rows if int(row["stage"]) == stage), key=lambda row: float(row["x"]))
+        shift = (place - (len(stages) - 1) / 2) * 0.12 if categories else 0.0
+        x = [position(name, float(row["x"]), finite) + shift for row in points]
+        y, errors = ([float(row[key]) for row in points] for key in ("value", "error"))
+        look = {"marker": "osD^vP*X<>"[place % 10], "linestyle": "none" if categories else "-"}
+        axis.errorbar(
+            x, y, yerr=errors, label=f"{stage:,} steps", color=f"C{place}", capsize=2, markersize=4,
+            linewidth=1.2, **look,
+        )  # fmt: skip
+    label_x(axis, name, finite, categories, last)
+
+
+def estimators_in(axis: Any, name: str, rows: list[dict[str, str]], last: bool) -> None:
+    """Curves of a quantity over the KL: for each estimator the median over stages, and their range."""
+    finite = sorted({float(row["x"]) for row in rows})
+    for place, estimator in enumerate(dict.fromkeys(row["estimator"] for row in rows)):
+        values = [[float(r["value"]) for r in rows if r["estimator"] == estimator and float(r["x"]) == x]
+                  for x in finite]  # fmt: skip
+        low, middle, high = (np.array([pick(v) for v in values]) for pick in (min, np.median, max))
+        words, colour = SHORT.get(estimator, (estimator, f"C{place}"))
+        axis.plot(finite, middle, color=colour, label=words, marker="o", markersize=3, linewidth=1.4)
+        axis.fill_between(finite, low, high, color=colour, alpha=0.1, linewidth=0)
+    label_x(axis, name, finite, [], last)
+
+
+def label_ends(axis: Any) -> None:
+    """Write each curve's name where it ends, pushed apart where several end together."""
+    height = axis.get_window_extent().height
+    ends = []
+    for line in axis.get_lines():
+        if not line.get_label().startswith("_"):
+            x, y = line.get_data()
+            below = axis.transData.transform((x[-1], max(y[-1], axis.get_ylim()[0])))[1]
+            place = (below - axis.get_window_extent().y0) / height
+            ends.append([place, line.get_label(), line.get_color()])
+    ends.sort(key=lambda end: end[0])
+    gap = 14 / height * axis.figure.dpi / 72 * 0.75
+    for low, high in itertools.pairwise(ends):
+        high[0] = max(high[0], low[0] + gap)
+    ends[-1][0] = min(ends[-1][0], 1.0)
+    for high, low in itertools.pairwise(reversed(ends)):
+        low[0] = min(low[0], high[0] - gap)
+    for place, words, colour in ends:
+        axis.text(1.02, place, words, color=colour, fontsize=8, va="center", transform=axis.transAxes)
 
 
 def position(name: str, x: float, finite: list[float]) -> float:

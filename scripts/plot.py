@@ -1,28 +1,48 @@
-"""Draw learning curves: mean over seeds of the deterministic evaluations, shaded by a standard deviation
-each way.
+"""Draw learning curves: the mean over seeds of the deterministic evaluations with its 95% bootstrap interval,
+and each seed thin behind it.
 
     python scripts/plot.py runs/MY_RUN runs/ANOTHER      a curve for each run, to curves.png
     python scripts/plot.py --env HalfCheetah-v4          every agent on the task, to results/TASK.png
+    python scripts/plot.py --env CartPole-v1 --x wall-time
     python scripts/plot.py results/reinforce/CartPole-v1 results/no_baseline/reinforce/CartPole-v1 \\
         --labels "learned V" "no baseline" --out results/no_baseline.png
+
+An agent has one colour in all pictures. Over environment steps every budget has axes of its own, or the
+longest run would squeeze the others. Where --results holds a published.csv, what was published for an agent
+at its budget is a dotted line in its colour.
 
 Needs the extra `plots`: pip install -e '.[plots]'.
 """
 
 import contextlib
 import csv
+import hashlib
 import importlib.util
+import itertools
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
 
 from zoo.common.args import require
 from zoo.common.errors import UsageError
+
+# Told apart by readers who see few colours as well (Okabe and Ito); an agent that is not named takes one of
+# SPARE.
+COLOURS = {
+    "ppo": "#0072B2", "trpo": "#D55E00", "actor_critic": "#009E73", "reinforce": "#CC79A7", "sac": "#E69F00",
+    "grpo": "#56B4E9", "preferences": "#000000", "dppo": "#8C564B",
+}  # fmt: skip
+SPARE = ("#666666", "#6A3D9A", "#B2DF8A", "#17BECF", "#A6761D")
+DASHES = ("-", "--", "-.", (0, (1, 1)))  # of further curves of one agent
+REPS = 2000  # bootstrap samples of an interval
+LEFT = 0.01  # of the axes' width, where what was published is named
+DATA = "Data"  # the entry of a PNG that tells what it was drawn from
 
 
 @dataclass
@@ -33,29 +53,89 @@ class Args:
     """in place of folders: the task of which to draw every agent in --results"""
     labels: tuple[str, ...] = ()
     """names of the folders' curves (default: the agents' names, the runs' folders)"""
+    x: Literal["steps", "wall-time"] = "steps"
+    """what runs along the x axis: environment steps, or the seconds that the run took"""
+    until: int | None = None
+    """environment steps at which all curves are cut off, in one pair of axes for all budgets"""
     results: Path = Path("results")
-    """where --env looks"""
+    """where --env looks, and published.csv is"""
     out: Path | None = None
     """picture to write: png, svg or pdf (default: TASK.png in --results for --env, else curves.png)"""
 
 
-def load_curves(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (K,) and evaluation returns (seeds, K) of a folder, on the steps that all seeds reached.
+# --- what is drawn ------------------------------------------------------------------------------------------
 
-    Of a run's folder the seeds are one. Raises UsageError.
-    """
+
+class Curve(NamedTuple):
+    """Evaluations of an agent's seeds on common steps."""
+
+    label: str
+    agent: str
+    budget: int  # environment steps that its runs were given
+    x: np.ndarray  # (K,) steps or seconds
+    returns: np.ndarray  # (seeds, K)
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The tables of a folder's seeds; of a run's folder it is one. Raises UsageError."""
     files = sorted(folder.glob("seed_*.csv"), key=lambda path: path.name)
     files = files or sorted(folder.glob("progress.csv"))
     require(bool(files), f"{folder}: holds no seed_N.csv, and no progress.csv of a run")
-    seeds = []
+    return files
+
+
+def starts(folder: Path) -> dict[str, float]:
+    """What the seeds' agents are worth before training, by the names of their tables, from start.csv."""
+    path = folder / "start.csv"
+    if not path.exists():
+        return {}
+    with open(path, newline="") as file:
+        return {f"seed_{row['seed']}.csv": float(row["eval_return"]) for row in csv.DictReader(file)}
+
+
+def load_curves(folder: Path, x: str = "steps") -> tuple[np.ndarray, np.ndarray]:
+    """Steps (K,) and evaluation returns (seeds, K) of a folder, on the steps that all seeds reached.
+
+    Where start.csv knows all seeds, the first point is at 0. x: "wall-time" gives in place of the steps the
+    mean over seeds of the seconds until then. Raises UsageError.
+    """
+    before, seeds = starts(folder), []
+    files = files_of(folder)
+    known = all(path.name in before for path in files)
     for path in files:
         with open(path, newline="") as file:
             rows = [row for row in csv.DictReader(file) if row.get("eval_return")]
         require(bool(rows), f"{path}: has no evaluations")
-        seeds.append(np.array([(float(row["step"]), float(row["eval_return"])) for row in rows]).T)
+        points = [(float(row["step"]), float(row["eval_return"]), float(row.get("wall_time") or "nan"))
+                  for row in rows]  # fmt: skip
+        if known and points[0][0] > 0:
+            points.insert(0, (0.0, before[path.name], 0.0))
+        seeds.append(np.array(points).T)
     shortest = min(seeds, key=lambda seed: seed[0, -1])
     steps = shortest[0]
-    return steps, np.stack([np.interp(steps, *seed) for seed in seeds])
+    returns = np.stack([np.interp(steps, seed[0], seed[1]) for seed in seeds])
+    if x == "steps":
+        return steps, returns
+    seconds = np.stack([np.interp(steps, seed[0], seed[2]) for seed in seeds]).mean(0)
+    require(bool(np.isfinite(seconds).all()), f"--x wall-time: {folder} has no column wall_time")
+    return seconds, returns
+
+
+def budget(folder: Path, default: float) -> int:
+    """The environment steps that the runs of a folder were given; `default` where it is not known."""
+    for name in ("meta.json", "args.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, StopIteration):
+            content = json.loads((folder / name).read_text())
+            args = content["args"] if "args" in content else next(iter(content["seeds"].values()))["args"]
+            return int(args["total_steps"])
+    return round(default)
+
+
+def agent_of(folder: Path) -> str:
+    """The agent whose curve a folder holds: of results/AGENT/TASK by its name, of a run by its args.json."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads((folder / "args.json").read_text())["agent"]
+    return folder.resolve().parent.name
 
 
 def label(folder: Path) -> str:
@@ -64,7 +144,7 @@ def label(folder: Path) -> str:
     return folder.name if (folder / "progress.csv").exists() else folder.parent.name
 
 
-def task(folders: list[Path]) -> str:
+def task(folders: Sequence[Path]) -> str:
     """The task of all these folders, where it is one."""
     found = set()
     for folder in folders:
@@ -76,30 +156,142 @@ def task(folders: list[Path]) -> str:
     return found.pop() if len(found) == 1 else ""
 
 
-def draw(folders: list[Path], labels: list[str], title: str, out: Path) -> None:
-    """Write the picture. Raises UsageError where a folder has no curves or `out` cannot be written."""
-    import matplotlib
+def read_published(path: Path) -> list[dict[str, str]]:
+    """The rows of published.csv; [] where there is none."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    curves = [load_curves(folder) for folder in folders]
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for label, (steps, returns) in zip(labels, curves, strict=True):
-        mean, std = returns.mean(0), returns.std(0, ddof=1) if len(returns) > 1 else 0.0
-        count = f"{len(returns)} seed{'s' if len(returns) > 1 else ''}"
-        (line,) = axes.plot(steps, mean, label=f"{label} ({count})")
-        axes.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.set(title=title, xlabel="environment steps", ylabel="return of deterministic evaluations")
-    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
-    axes.grid(alpha=0.3)
-    axes.legend()
+def published_evaluations(
+    rows: list[dict[str, str]], agent: str, env: str, steps: int
+) -> list[dict[str, str]]:
+    """Published evaluations of an agent on a task at this budget, the highest first; no training returns."""
+    wanted = (agent, env, "evaluation", steps)
+    found = [row for row in rows if (row["agent"], row["task"], row["kind"], int(row["steps"])) == wanted]
+    return sorted(found, key=lambda row: -float(row["value"]))
+
+
+def best_published(rows: list[dict[str, str]], agent: str, env: str, steps: int) -> dict[str, str] | None:
+    """The highest of them, None where there is none."""
+    return next(iter(published_evaluations(rows, agent, env, steps)), None)
+
+
+def interval(returns: np.ndarray, reps: int = REPS, level: float = 0.95) -> np.ndarray:
+    """The bootstrap interval (2, K) of the mean over seeds of returns (seeds, K): percentiles of the means of
+    seeds drawn with replacement."""
+    drawn = np.random.default_rng(0).integers(len(returns), size=(reps, len(returns)))
+    return np.percentile(returns[drawn].mean(1), [50 * (1 - level), 50 * (1 + level)], axis=0)
+
+
+def colour(agent: str) -> str:
+    """An agent's colour in all pictures."""
+    return COLOURS.get(agent) or SPARE[int(hashlib.sha256(agent.encode()).hexdigest(), 16) % len(SPARE)]
+
+
+def fingerprint(folders: Sequence[Path], published: Sequence[dict[str, str] | None]) -> str:
+    """What a picture of these folders is drawn from, in short: another one as soon as the data differ."""
+    found = hashlib.sha256()
+    for folder in folders:
+        for path in [*files_of(folder), folder / "start.csv"]:
+            found.update(path.read_bytes() if path.exists() else b"-")
+        found.update(str(budget(folder, 0)).encode())
+    found.update(json.dumps([row and row["value"] for row in published]).encode())
+    return found.hexdigest()[:16]
+
+
+def drawn_from(picture: Path) -> str:
+    """The fingerprint that a picture of this script carries; "" where there is none."""
+    _, mark, rest = picture.read_bytes().partition(f"tEXt{DATA}\0".encode())
+    return rest[:16].decode() if mark else ""
+
+
+# --- drawing ------------------------------------------------------------------------------------------------
+
+
+def save(figure: Any, out: Path, data: str = "") -> None:
+    """Write a picture, in a PNG with what it was drawn from. Raises UsageError."""
     try:
-        figure.savefig(out, dpi=120)
+        figure.savefig(out, dpi=120, metadata={DATA: data} if out.suffix == ".png" else None)
     except (OSError, ValueError) as error:
         raise UsageError(f"--out {out}: {error}") from error
-    finally:
-        pyplot.close(figure)
+
+
+def published_for(folders: Sequence[Path], results: Path) -> list[dict[str, str] | None]:
+    """Of each folder of results what was published for its agent, task and budget, if anything."""
+    rows = read_published(results / "published.csv")
+    return [best_published(rows, agent_of(f), task([f]), budget(f, 0)) for f in folders]
+
+
+def draw(
+    folders: Sequence[Path], labels: Sequence[str], title: str, out: Path, x: str = "steps",
+    results: Path = Path("results"), until: int | None = None,
+) -> None:  # fmt: skip
+    """Write the picture. Raises UsageError where a folder has no curves or `out` cannot be written.
+
+    until: steps (seconds) at which curves are cut off; what was published for whole budgets is then left out.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import EngFormatter
+
+    curves = []
+    for folder, name in zip(folders, labels, strict=True):
+        xs, returns = load_curves(folder, x)
+        if until is not None:
+            xs, returns = xs[xs <= until], returns[:, xs <= until]
+            require(len(xs) > 0, f"--until {until}: {folder} has no evaluation up to there")
+        curves.append(Curve(name, agent_of(folder), budget(folder, xs[-1]), xs, returns))
+    published = published_for(folders, results) if until is None else []
+    apart = x == "steps" and until is None  # axes of its own for each budget
+    budgets = sorted({curve.budget for curve in curves}) if apart else [0]
+    figure = Figure(figsize=(8.5, 4.6), layout="constrained")
+    all_axes = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
+    handles: list[Any] = []
+    for i, (curve, row) in enumerate(itertools.zip_longest(curves, published)):
+        axes = all_axes[budgets.index(curve.budget) if apart else 0]
+        look: dict[str, Any] = {"color": colour(curve.agent)}
+        look["linestyle"] = DASHES[[other.agent for other in curves[:i]].count(curve.agent) % len(DASHES)]
+        axes.plot(curve.x, curve.returns.T, linewidth=0.6, alpha=0.35, color=look["color"])
+        if len(curve.returns) > 1:
+            shade = {"color": look["color"], "alpha": 0.2, "linewidth": 0}
+            axes.fill_between(curve.x, *interval(curve.returns), **shade)
+        count = f"{len(curve.returns)} seed{'s' if len(curve.returns) > 1 else ''}"
+        handles += axes.plot(
+            curve.x, curve.returns.mean(0), linewidth=2, label=f"{curve.label} ({count})", **look
+        )
+        if row is not None:
+            text = f"{float(row['value']):,.0f} ({row['source']})"
+            axes.axhline(float(row["value"]), color=look["color"], linestyle=":", linewidth=1.4, gid=text)
+    for axes in all_axes:
+        low, high = axes.get_ylim()
+        lines = [line for line in axes.get_lines() if line.get_gid()]
+        before, x_of_label = -np.inf, LEFT
+        for line in sorted(lines, key=lambda line: line.get_ydata()[0]):
+            value = line.get_ydata()[0]
+            # at the left, where the curves are still below it; beside the one that it would cover
+            x_of_label = x_of_label + 0.2 if value - before < 0.05 * (high - low) else LEFT
+            place = {"transform": axes.get_yaxis_transform(), "ha": "left", "va": "bottom", "fontsize": 8}
+            axes.text(x_of_label, value, line.get_gid(), color=line.get_color(), **place)
+            before = value
+    grey = "#555555"
+    handles.append(Line2D([], [], color=grey, linewidth=0.6, label="single seeds"))
+    if any(len(curve.returns) > 1 for curve in curves):
+        handles.append(Patch(color=grey, alpha=0.3, linewidth=0, label="95% bootstrap interval of the mean"))
+    if any(published):
+        handles.append(Line2D([], [], color=grey, linestyle=":", label="published, at the same budget"))
+    for axes in all_axes:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlim(left=0)
+        axes.locator_params(axis="x", nbins=5 if len(all_axes) > 1 else 8)
+        axes.grid(alpha=0.3)
+        axes.set_xlabel("environment steps" if x == "steps" else "seconds")
+    all_axes[0].set_ylabel("return of deterministic evaluations")
+    figure.suptitle(title, fontsize=12)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    save(figure, out, fingerprint(folders, published))
 
 
 def main() -> int:
@@ -119,7 +311,7 @@ def main() -> int:
         require(len(labels) == len(folders), f"--labels: {len(labels)} names for {len(folders)} curves")
         title, default = args.env or task(folders), Path("curves.png")
         out = args.out or (args.results / f"{args.env}.png" if args.env else default)
-        draw(folders, labels, title, out)
+        draw(folders, labels, title, out, args.x, args.results, args.until)
         print(f"{out}: {len(folders)} curve{'s' if len(folders) > 1 else ''}")
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

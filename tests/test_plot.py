@@ -1,5 +1,6 @@
 """scripts/plot.py: what it reads of the curves, and that it writes a picture or says in one line why not."""
 
+import json
 import sys
 
 import numpy as np
@@ -10,9 +11,10 @@ from zoo.common.errors import UsageError
 
 
 def write_seed(folder, seed, evaluations):
+    """A seed's table; a hundred steps take a second of the first seed, two of the second."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [f"{step},{value}" for step, value in evaluations]
-    (folder / f"seed_{seed}.csv").write_text("\n".join(["step,eval_return", *rows]) + "\n")
+    rows = [f"{step},{seed * step / 100},{value}" for step, value in evaluations]
+    (folder / f"seed_{seed}.csv").write_text("\n".join(["step,wall_time,eval_return", *rows]) + "\n")
 
 
 def test_curves_are_the_evaluations_on_common_steps(tmp_path):
@@ -84,3 +86,105 @@ def test_bad_input_gets_one_line_and_status_2(tmp_path, command):
     ):
         status, lines = command(*arguments)
         assert status == 2 and len(lines) == 1 and reason in lines[0]
+
+
+def test_over_wall_time_stands_the_mean_of_the_seconds(tmp_path):
+    write_seed(tmp_path, 1, [(100, 1.0), (200, 3.0)])
+    write_seed(tmp_path, 2, [(100, 10.0), (200, 20.0)])
+    seconds, returns = plot.load_curves(tmp_path, "wall-time")
+    assert seconds.tolist() == [1.5, 3.0] and returns.tolist() == [[1.0, 3.0], [10.0, 20.0]]
+
+
+def test_a_curve_begins_at_step_0_where_that_is_known_of_all_seeds(tmp_path):
+    for seed in (1, 2):
+        write_seed(tmp_path, seed, [(100, 10.0 * seed)])
+    (tmp_path / "start.csv").write_text("seed,eval_return\n1,-5\n")
+    assert plot.load_curves(tmp_path)[0].tolist() == [100]
+    (tmp_path / "start.csv").write_text("seed,eval_return\n1,-5\n2,-6\n")
+    steps, returns = plot.load_curves(tmp_path)
+    assert steps.tolist() == [0, 100] and returns.tolist() == [[-5, 10], [-6, 20]]
+
+
+def test_the_interval_is_the_bootstraps_of_the_mean():
+    """Of two seeds the means of pairs drawn with replacement are 0, 1, 1 and 2."""
+    returns = np.array([[0.0, 5.0], [2.0, 5.0]])
+    assert plot.interval(returns).tolist() == [[0.0, 5.0], [2.0, 5.0]]
+    assert plot.interval(returns, level=0.4)[:, 0].tolist() == [1.0, 1.0]
+    many = np.random.default_rng(0).normal(size=(100, 1))
+    low, high = plot.interval(many)[:, 0]
+    assert high - low == pytest.approx(2 * 1.96 * many.std() / 10, rel=0.1)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """What `draw` drew, kept from being written."""
+    kept = []
+    monkeypatch.setattr(plot, "save", lambda figure, out, data: kept.append(figure))
+    return kept
+
+
+def made(tmp_path, agent, steps, task="Task-v0", **args):
+    for seed in (1, 2):
+        write_seed(tmp_path / agent / task, seed, [(steps / 2, seed), (steps, 2 * seed)])
+    meta = {"args": {"total_steps": steps, **args}}
+    (tmp_path / agent / task / "meta.json").write_text(json.dumps(meta))
+    return tmp_path / agent / task
+
+
+def test_each_budget_has_axes_of_its_own_and_an_agent_its_colour(tmp_path, figures):
+    folders = [made(tmp_path, *each) for each in (("ppo", 200), ("trpo", 200), ("reinforce", 600))]
+    plot.draw(folders, ["ppo", "trpo", "reinforce"], "Task-v0", tmp_path / "x.png")
+    short, long = figures[0].axes
+    assert short.get_xlim()[1] < 250 < 500 < long.get_xlim()[1]
+
+    def colours(axes):
+        return {line.get_color() for line in axes.get_lines() if not line.get_label().startswith("_")}
+
+    assert colours(short) == {plot.COLOURS["ppo"], plot.COLOURS["trpo"]}
+    assert colours(long) == {plot.COLOURS["reinforce"]}
+    assert len(short.get_lines()) == 2 * (1 + 2)  # each mean, and each single seed
+    words = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert (
+        "ppo (2 seeds)" in words and "95% bootstrap interval of the mean" in words and "single seeds" in words
+    )
+    assert not any("published" in word for word in words)
+    plot.draw(folders, ["ppo", "trpo", "reinforce"], "Task-v0", tmp_path / "x.png", until=300)
+    assert len(figures[1].axes) == 1
+    assert max(line.get_xdata().max() for line in figures[1].axes[0].get_lines()) == 300
+    plot.draw(folders, ["ppo", "trpo", "reinforce"], "Task-v0", tmp_path / "x.png", x="wall-time")
+    assert len(figures[2].axes) == 1 and figures[2].axes[0].get_xlabel() == "seconds"
+
+
+def test_colours_are_told_apart():
+    assert len({*plot.COLOURS.values(), *plot.SPARE}) == len(plot.COLOURS) + len(plot.SPARE)
+    assert plot.colour("ppo") == plot.COLOURS["ppo"] and plot.colour("mine") in plot.SPARE
+
+
+def test_published_values_of_the_budget_are_lines(tmp_path, figures):
+    folder = made(tmp_path, "ppo", 200)
+    header = "agent,task,steps,value,spread,seeds,source,kind,protocol,url"
+    lines = ["ppo,Task-v0,200,7,,1,Z,evaluation,p,u", "ppo,Task-v0,200,5,,1,T,evaluation,p,u",
+             "ppo,Task-v0,600,70,,1,Z,evaluation,p,u", "ppo,Task-v0,200,90,,1,Q,training,p,u"]  # fmt: skip
+    (tmp_path / "published.csv").write_text("\n".join([header, *lines]) + "\n")
+    plot.draw([folder], ["ppo"], "Task-v0", tmp_path / "x.png", results=tmp_path)
+    axes = figures[0].axes[0]
+    assert [line.get_ydata()[0] for line in axes.get_lines() if line.get_linestyle() == ":"] == [7]
+    assert [text.get_text() for text in axes.texts] == ["7 (Z)"]
+
+
+def test_a_picture_tells_what_it_was_drawn_from(tmp_path, command):
+    folder = made(tmp_path, "ppo", 200)
+    assert command("--env", "Task-v0", "--results", tmp_path) == (0, [])
+    before = plot.fingerprint([folder], [None])
+    assert plot.drawn_from(tmp_path / "Task-v0.png") == before
+    write_seed(folder, 1, [(100, 1.0), (200, 2.5)])
+    assert plot.fingerprint([folder], [None]) != before
+    assert plot.fingerprint([folder], [{"value": "7"}]) != plot.fingerprint([folder], [None])
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    assert plot.drawn_from(tmp_path / "no.png") == ""
+
+
+def test_an_end_before_the_first_evaluation_is_refused(tmp_path, command):
+    made(tmp_path, "ppo", 200)
+    status, lines = command("--env", "Task-v0", "--results", tmp_path, "--until", 50)
+    assert status == 2 and "--until 50" in lines[0] and len(lines) == 1

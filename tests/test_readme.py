@@ -18,6 +18,8 @@ ELSEWHERE = {
     r"python scripts/benchmark\.py --suite .*": "tests/test_scripts.py plans every suite and runs a stub's",
     r"python scripts/benchmark\.py --agent .*": "tests/test_scripts.py runs it with a stub",
     r"python scripts/speed\.py .*": "tests/test_scripts.py",
+    r"python scripts/report\.py": "tests/test_report.py",
+    r"python scripts/tune\.py .*": "tests/test_tune.py",
 }
 # What makes it short; a later argument wins.
 SHORTER = {
