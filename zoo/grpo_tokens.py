@@ -85,7 +85,7 @@ class Args(RunArgs):
 # What differs by task; a flag wins over it.
 SETTINGS: dict[str, dict] = {
     "Count": dict(
-        supervised_steps=0, eval_every=0, reference_scale=2.0, dim=32, batch_size=512, learning_rate=2e-3,
+        supervised_steps=0, eval_every=0, reference_scale=2.0, dim=32, batch_size=512, learning_rate=4e-3,
         beta=0.5,
     ),
     "Add": dict(supervised_steps=200, total_steps=102_400),
