@@ -39,7 +39,7 @@ RULE = "--reward rule"
 REINFORCE = "--no-critic --batch-size 256 --num-epochs 1 --num-minibatches 1 --learning-rate 3e-3"
 PAPER = "--std --length response --kl k3 --kl-in loss --kl-level token"
 TWO_TASKS = "--supervised-steps 400 --other 0.9"  # reversing is learned well, sorting badly
-OVER = "--env Sort --comparisons {} --beta {} --ensemble {} --total-steps 25600 --eval-every 0"
+OVER = "--env Sort --comparisons {} --beta {} --ensemble {} --total-steps 15360 --eval-every 0"
 TABLES: dict[str, dict[str, tuple[ModuleType, str]]] = {
     "count": {
         "ppo": (rlhf, f"--env Count {RULE}"),
