@@ -1,21 +1,28 @@
 """Measure the agents of tokens: how far from the exact optimum on Count, what they reach on Sort and Add,
-over-optimisation.
+over-optimisation of a reward model.
 
-    python scripts/tokens.py count sort over                  what is missing in results/tokens/, one run
-    after another python scripts/tokens.py count --methods ppo grpo --seeds 1 2
-    python scripts/tokens.py --plot                           results/tokens/over_optimisation.png from its
-    curves
+    python scripts/tokens.py count sort add ptx over          what is missing, one run after another
+    python scripts/tokens.py count --methods ppo grpo --seeds 1 2
+    python scripts/tokens.py --summary                  the tables as they stand in the README
+    python scripts/tokens.py --plot                     the figure of over-optimisation
 
-A run's seed draws everything anew: the task's prompts on Count, the reference, the noise.
-results/tokens/TABLE.csv gets a row a run: its final evaluation and the seconds it took; those of `over` also
-leave their curves.
+A run's seed draws everything anew: the task's prompts on Count, the reference, the noise. The same command
+goes on where it was stopped.
+
+    RESULTS/TABLE.csv                   a row a run: command, last evaluation, seconds by clock and processor
+                                        (of rlhf.py its last stage's)
+    RESULTS/TABLE_METHOD__SEED.csv      of all but Count its curve
+    RESULTS/over_optimisation.png       needs the extra `plots`
+    RUNS/                               supervised and reward models that several runs go on from
 """
 
 import argparse
 import csv
-import os
+import io
+import json
 import shlex
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -25,38 +32,38 @@ from types import ModuleType
 from zoo import dpo, grpo_tokens, rlhf
 from zoo.common.args import lookup_in
 from zoo.common.cli import parse
+from zoo.common.files import write_atomically
 
-RESULTS = Path(__file__).parents[1] / "results" / "tokens"
+Row = dict[str, str]
 
-PPO = "--env Sort --reward rule"
-REINFORCE = "--no-critic --num-epochs 1 --num-minibatches 1 --learning-rate 3e-3"
-OVER = "--env Sort --comparisons {} --beta {} --ensemble {} --total-steps 25600 --eval-every 0"
+RULE = "--reward rule"
+REINFORCE = "--no-critic --batch-size 256 --num-epochs 1 --num-minibatches 1 --learning-rate 3e-3"
+PAPER = "--std --length response --kl k3 --kl-in loss --kl-level token"
+TWO_TASKS = "--supervised-steps 400 --other 0.9"  # reversing is learned well, sorting badly
+OVER = "--env Sort --comparisons {} --beta {} --ensemble {} --total-steps 15360 --eval-every 0"
 TABLES: dict[str, dict[str, tuple[ModuleType, str]]] = {
-    "count": {  # beta .5 but for ppo_100k
-        "ppo": (rlhf, "--env Count --reward rule"),
-        "ppo_100k": (rlhf, "--env Count --reward rule --beta 0.3 --total-steps 100000"),
-        "reinforce": (rlhf, "--env Count --reward rule " + REINFORCE),
+    "count": {
+        "ppo": (rlhf, f"--env Count {RULE}"),
+        "ppo_100k": (rlhf, f"--env Count {RULE} --beta 0.3 --total-steps 100000"),
         "grpo": (grpo_tokens, "--env Count"),
-        "grpo_paper": (
-            grpo_tokens,
-            "--env Count --std --length response --kl k3 --kl-in loss --kl-level token",
-        ),
+        "grpo_paper": (grpo_tokens, f"--env Count {PAPER}"),
         "grpo_process": (grpo_tokens, "--env Count --level process"),
+        "reinforce": (rlhf, f"--env Count {RULE} {REINFORCE}"),
         "dpo_20k": (dpo, "--env Count"),
-        "dpo_50k": (dpo, "--env Count --comparisons 50000 --total-steps 300000"),
         "dpo_online": (dpo, "--env Count --online 4"),
+        "dpo_50k": (dpo, "--env Count --comparisons 50000 --total-steps 300000"),
     },
     "sort": {
-        "ppo": (rlhf, PPO),
+        "ppo": (rlhf, f"--env Sort {RULE}"),
         "grpo": (grpo_tokens, "--env Sort"),
         "dpo": (dpo, "--env Sort"),
         "dpo_online": (dpo, "--env Sort --online 5"),
-        "reward_model": (rlhf, "--env Sort --stage reward"),
-        "ptx": (rlhf, PPO + " --supervised-steps 400 --other 0.9 --ptx 0.3"),
-        "no_ptx": (rlhf, PPO + " --supervised-steps 400 --other 0.9"),
-        "add_ppo": (rlhf, "--env Add --reward rule"),
-        "add_grpo": (grpo_tokens, "--env Add"),
     },
+    "ptx": {
+        "with": (rlhf, f"--env Sort {RULE} {TWO_TASKS} --ptx 0.3"),
+        "without": (rlhf, f"--env Sort {RULE} {TWO_TASKS}"),
+    },
+    "add": {"ppo": (rlhf, f"--env Add {RULE}"), "grpo": (grpo_tokens, "--env Add")},
     "over": {
         f"pairs{pairs}_beta{beta}_models{models}": (rlhf, OVER.format(pairs, beta, models))
         for pairs, beta, models in (
@@ -68,66 +75,120 @@ TABLES: dict[str, dict[str, tuple[ModuleType, str]]] = {
         )
     },
 }
+SEEDS = {"count": 5}  # the others 3
+CURVE = ("kl", "score", "rule_reward", "eval_exact", "eval_reward", "eval_kl", "eval_other")
 
 
-def last_values(folder: Path) -> dict[str, str]:
-    """The evaluation's columns of a run's last row."""
-    with open(folder / "progress.csv", newline="") as file:
-        row = list(csv.DictReader(file))[-1]
-    return {
-        name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_") and value
-    }
+def read(path: Path) -> list[Row]:
+    """The rows of a table; of one that is not there none."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def add_row(path: Path, row: dict[str, str]) -> None:
-    """Append to a table, widening it where needed."""
-    rows: list[dict[str, str]] = []
-    if path.exists():
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-    columns = list(dict.fromkeys(name for each in [*rows, row] for name in each))
-    with open(path, "w", newline="") as table:
-        writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*rows, row])
+def write(path: Path, rows: list[Row]) -> None:
+    """A table of all columns that a row has, whole or not at all."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def measure(table: str, method: str, seed: int) -> None:
-    """One run, unless its row is there."""
-    path = RESULTS / f"{table}.csv"
-    if path.exists():
-        with open(path, newline="") as file:
-            if any((row["method"], row["seed"]) == (method, str(seed)) for row in csv.DictReader(file)):
-                return
-    agent, flags = TABLES[table][method]
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "run"
-        own = ["--seed", str(seed), "--run-dir", str(folder), "--no-progress"]
-        argv = [*shlex.split(flags), *own]
-        if "--stage reward" in flags:
-            run(agent, [*argv, "--stage", "supervised"])
-        start = time.perf_counter()
-        run(agent, argv)
-        seconds = time.perf_counter() - start
-        stage = folder if agent is not rlhf else folder / ("reward" if "--stage reward" in flags else "ppo")
-        values = last_values(stage)
-        if agent is rlhf and "reward" not in stage.name:
-            before = last_values(folder / "supervised")
-            values |= {f"before_{name}": before[name] for name in ("exact", "other") if name in before}
-        if table == "over":
-            values |= {"accuracy": last_values(folder / "reward")["accuracy"]}
-            shutil.copy(stage / "progress.csv", RESULTS / f"over_{method}__{seed}.csv")
-        add_row(path, {"method": method, "seed": str(seed), "seconds": f"{seconds:.0f}", **values})
-    print(table, method, seed, values, f"{seconds:.0f} s", flush=True)
+def last_values(folder: Path) -> Row:
+    """The last evaluation of a run."""
+    row = read(folder / "progress.csv")[-1]
+    return {name[5:]: f"{float(row[name]):.6g}" for name in row if name.startswith("eval_") and row[name]}
 
 
-def run(agent: ModuleType, argv: list[str]) -> None:
-    """An agent's command line in this process."""
+def curve(folder: Path) -> list[Row]:
+    """What is kept of a run's table."""
+    rows = read(folder / "progress.csv")
+    columns = [name for name in CURVE if any(row.get(name) for row in rows)]
+    short = {name: [row[name] and f"{float(row[name]):.4g}" for row in rows] for name in columns}
+    return [{"step": row["step"]} | {n: short[n][i] for n in columns} for i, row in enumerate(rows)]
+
+
+def train(agent: ModuleType, argv: list[str], folder: Path) -> None:
+    """An agent's command line, in this process."""
+    argv = [*argv, "--run-dir", str(folder), "--no-progress"]
     agent.train(parse(agent.Args, lookup_in(agent.Args), argv))
 
 
-def plot() -> None:
-    """Proxy (dashed) and rule (solid) against the KL, a colour a setting, a line a seed."""
+def earlier_stages(argv: list[str], runs: Path) -> Path:
+    """The folder of the supervised and the reward model that such a run of rlhf.py goes on from, which are
+    made if they are not there. They depend on some of the arguments only, so that several runs share them.
+    """
+    args = parse(rlhf.Args, lookup_in(rlhf.Args), argv)
+    name = f"{args.env}_steps{args.supervised_steps}_other{args.other:g}"
+    if args.reward == "model":
+        name += f"_pairs{args.comparisons}_models{args.ensemble}"
+    folder = runs / f"{name}__{args.seed}"
+    for stage in ("supervised", "reward")[: 1 + (args.reward == "model")]:
+        if not (folder / stage / "agent.pt").exists():
+            shutil.rmtree(folder / stage, ignore_errors=True)  # what a kill has left of it
+            train(rlhf, [*argv, "--stage", stage], folder)
+    return folder
+
+
+def measure(table: str, method: str, seed: int, results: Path, runs: Path) -> None:
+    """One run, unless its row is there."""
+    path = results / f"{table}.csv"
+    rows = read(path)
+    if any((row["method"], row["seed"]) == (method, str(seed)) for row in rows):
+        return
+    agent, flags = TABLES[table][method]
+    name = agent.__name__.rpartition(".")[2]
+    argv = [*shlex.split(flags), "--seed", str(seed)]
+    values: Row = {}
+    if agent is rlhf:
+        earlier = earlier_stages(argv, runs)
+        argv += ["--stage", "ppo", "--earlier", str(earlier)]
+        for stage in ("supervised", "reward"):
+            if table != "count" and (earlier / stage).exists():
+                values |= {f"{stage}_{key}": value for key, value in last_values(earlier / stage).items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "run"
+        clock, processor = time.perf_counter(), time.process_time()
+        train(agent, argv, folder)
+        clock, processor = time.perf_counter() - clock, time.process_time() - processor
+        last = folder / "ppo" if agent is rlhf else folder
+        values = last_values(last) | values
+        commit = json.loads((last / "args.json").read_text())["commit"] or ""
+        if table != "count":
+            write(results / f"{table}_{method}__{seed}.csv", curve(last))
+    row = {"method": method, "seed": str(seed), "seconds": f"{clock:.0f}", "processor": f"{processor:.0f}"}
+    row |= {"command": f"python zoo/{name}.py {flags}", "commit": commit[:7] + commit[40:], **values}
+    write(path, [*rows, row])
+    print(table, method, seed, values, f"{clock:.0f} s", flush=True)
+
+
+def spread(rows: list[Row], column: str) -> str:
+    """Mean and standard deviation of a column over a method's runs; the extremes in brackets."""
+    found = [float(row[column]) for row in rows if row.get(column)]
+    if not found:
+        return ""
+    std = f" ± {statistics.stdev(found):.2g}" if len(found) > 1 else ""
+    return f"{statistics.mean(found):.3g}{std} [{min(found):.3g} .. {max(found):.3g}]"
+
+
+def summary(results: Path) -> None:
+    """The tables in Markdown, a line a method."""
+    for table, methods in TABLES.items():
+        rows = read(results / f"{table}.csv")
+        columns = [name for name in dict.fromkeys(n for row in rows for n in row) if name not in ("method",)]
+        columns = [name for name in columns if name not in ("seed", "command", "commit", "processor")]
+        print(f"\n| {table} | seeds |", " | ".join(columns), "|\n|" + "---|" * (len(columns) + 2))
+        for method in methods:
+            if own := [row for row in rows if row["method"] == method]:
+                figures = " | ".join(spread(own, column) for column in columns)
+                print(f"| `{own[0]['command'][11:]}` | {len(own)} | {figures} |")
+
+
+def plot(results: Path) -> None:
+    """The reward model's score and the rule's reward against the KL, a colour a setting, a line a seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -135,41 +196,57 @@ def plot() -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
     for number, method in enumerate(TABLES["over"]):
-        for i, path in enumerate(sorted(RESULTS.glob(f"over_{method}__*.csv"))):
-            with open(path, newline="") as file:
-                rows = list(csv.DictReader(file))
+        pairs, beta, models = (
+            part.lstrip("abcdefghijklmnopqrstuvwxyz") for part in method.split("_")
+        )  # pairs1000_beta0_models1
+        label = f"{int(pairs):,} comparisons, {models} model{'s' * (models != '1')}, β = {beta}"
+        for i, path in enumerate(sorted(results.glob(f"over_{method}__*.csv"))):
+            rows = read(path)
             kl = [max(float(row["kl"]), 0.0) ** 0.5 for row in rows]
-            style = dict(color=f"C{number}", label=method.replace("_", ", ") if i == 0 else None, linewidth=1)
-            left.plot(kl, [float(row["score"]) for row in rows], **style)
-            right.plot(kl, [float(row["rule_reward"]) for row in rows], **style)
-    left.set(
-        xlabel="square root of KL(policy || reference), nats", ylabel="reward model's score, in log-odds"
-    )
-    right.set(xlabel="square root of KL(policy || reference), nats", ylabel="reward by the rule")
+            for axes, column in ((left, "score"), (right, "rule_reward")):
+                value = [float(row[column]) for row in rows]
+                axes.plot(kl, value, f"C{number}", label=label if i == 0 else None, linewidth=1)
+                axes.plot(kl[-1:], value[-1:], f"C{number}o", markersize=4)
+    left.set(title="what it is paid: the reward model's score", ylabel="log-odds, 0 at the start")
+    right.set(title="what is meant: the rule's reward", ylabel="share of digits that are right")
+    for axes in (left, right):
+        axes.set_xlabel("square root of KL(policy || reference), nats")
+        axes.grid(alpha=0.3)
     left.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(RESULTS / "over_optimisation.png", dpi=110)
+    figure.savefig(results / "over_optimisation.png", dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="which tables")
-    parser.add_argument("--methods", nargs="*", help="only these")
-    parser.add_argument("--seeds", nargs="*", type=int, help="5 on Count, else 3")
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
+    parser.add_argument("--methods", nargs="*", help="only these of each table")
+    parser.add_argument("--seeds", nargs="*", type=int, help="1 to 5 on Count, else 1 to 3")
+    parser.add_argument("--summary", action="store_true", help="print the tables")
     parser.add_argument("--plot", action="store_true", help="draw the figure of over-optimisation")
+    parser.add_argument("--results", type=Path, default=Path("results/tokens"), help="where they are kept")
+    parser.add_argument("--runs", type=Path, default=Path("runs/tokens"), help="where shared stages are kept")
     args = parser.parse_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    methods = [method for table in args.tables for method in TABLES.get(table, ())]
+    for given, known in ((args.tables, list(TABLES)), (args.methods or [], methods)):
+        if unknown := sorted(set(given) - set(known)):
+            told = f"{' '.join(unknown)}: there is no such; there are {', '.join(known)}"
+            print(f"error: {told}", file=sys.stderr)
+            return 2
+    args.results.mkdir(parents=True, exist_ok=True)
     for table in args.tables:
-        unknown = set(args.methods or []) - set(TABLES[table])
-        if unknown:
-            sys.exit(f"error: --methods {' '.join(sorted(unknown))}: {table} has {', '.join(TABLES[table])}")
-        for seed in args.seeds or range(1, 6 if table == "count" else 4):
-            for method in args.methods or TABLES[table]:
-                measure(table, method, seed)
+        for seed in args.seeds or range(1, SEEDS.get(table, 3) + 1):
+            for method in TABLES[table]:
+                if not args.methods or method in args.methods:
+                    measure(table, method, seed, args.results, args.runs)
+    if args.summary:
+        summary(args.results)
     if args.plot:
-        plot()
+        plot(args.results)
+    return 0
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main()
+    sys.exit(main())

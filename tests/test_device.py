@@ -158,7 +158,7 @@ def test_a_run_says_once_that_it_compiles(tmp_path, traced, capsys, compiling):
             )
         )  # fmt: skip
         assert capsys.readouterr().err.splitlines().count(device.COMPILING) == compiling
-        assert bool(traced[0]) == compiling
+        assert bool(traced) == compiling
 
 
 # --- scan ---------------------------------------------------------------------------------------------------

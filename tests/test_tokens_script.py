@@ -1,0 +1,78 @@
+"""scripts/tokens.py: what it keeps of a run, that it goes on where it was stopped, its tables and figure."""
+
+import csv
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from zoo import grpo_tokens, rlhf
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+TINY = "--dim 8 --heads 2 --batch-size 32 --eval-episodes 64 --total-steps 64"
+SORT = f"--env Sort --digits 3 --supervised-steps 2 --comparisons 64 --reward-epochs 1 {TINY}"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    script = importlib.import_module("tokens")
+    tables = {
+        "count": {"grpo": (grpo_tokens, f"--env Count {TINY}"), "ppo": (rlhf, "--reward rule")},
+        "over": {
+            f"pairs64_beta{beta}_models1": (rlhf, f"{SORT} --beta {beta}") for beta in ("0", "0.3")
+        },
+    }  # fmt: skip
+    monkeypatch.setattr(script, "TABLES", tables)
+    return script
+
+
+def call(script, monkeypatch, tmp_path, *argv):
+    folders = ("--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs"))
+    monkeypatch.setattr(sys, "argv", ["tokens.py", *argv, *folders])
+    return script.main()
+
+
+def test_a_run_is_kept_and_not_made_again(script, monkeypatch, tmp_path, capsys):
+    """The second of two seeds alone is made by the second call, whose rows are then those of one call."""
+    for seeds in (("2",), ("2", "3")):
+        assert call(script, monkeypatch, tmp_path, "count", "--methods", "grpo", "--seeds", *seeds) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("count grpo")]
+    assert [line.split()[2] for line in told] == ["2", "3"]
+    with open(tmp_path / "results" / "count.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["seed"] for row in rows] == ["2", "3"] and rows[0]["gap"] != rows[1]["gap"]
+    assert rows[0]["command"] == f"python zoo/grpo_tokens.py --env Count {TINY}"
+    assert call(script, monkeypatch, tmp_path, "--summary") == 0
+    mean = sum(float(row["gap"]) for row in rows) / 2
+    assert f"| `grpo_tokens.py --env Count {TINY}` | 2 |" in (out := capsys.readouterr().out)
+    assert f"{mean:.3g} ± " in out
+
+
+def test_runs_share_a_reward_model_and_are_drawn(script, monkeypatch, tmp_path, capsys):
+    """Both settings of beta go on from the same two stages, and end as one command would have them."""
+    assert call(script, monkeypatch, tmp_path, "over", "--seeds", "1", "--plot") == 0
+    (shared,) = (tmp_path / "runs").iterdir()
+    assert {path.name for path in shared.iterdir()} == {"supervised", "reward"}
+    assert (tmp_path / "results" / "over_optimisation.png").stat().st_size > 10_000
+    with open(tmp_path / "results" / "over.csv", newline="") as file:
+        row = list(csv.DictReader(file))[1]
+    whole = [*SORT.split(), "--beta", "0.3", "--seed", "1"]
+    script.train(rlhf, whole, tmp_path / "whole")
+    last = script.last_values(tmp_path / "whole" / "ppo")
+    assert {name: row[name] for name in last} == last
+    assert row["reward_accuracy"] == script.last_values(tmp_path / "whole" / "reward")["accuracy"]
+    curve = script.read(tmp_path / "results" / "over_pairs64_beta0.3_models1__1.csv")
+    assert [point["step"] for point in curve] == ["32", "64"] and float(curve[1]["score"]) != 0
+
+
+def test_what_there_is_not_is_refused(script, monkeypatch, tmp_path, capsys):
+    assert call(script, monkeypatch, tmp_path, "counts") == 2
+    assert call(script, monkeypatch, tmp_path, "count", "--methods", "dpo") == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert errors == [
+        "error: counts: there is no such; there are count, over",
+        "error: dpo: there is no such; there are grpo, ppo",
+    ]
+    assert not (tmp_path / "results").exists()
