@@ -12,8 +12,11 @@ ZOO = Path(zoo.__file__).parent
 AGENTS = sorted(path for path in ZOO.glob("*.py") if path.name != "__init__.py")
 OWN = {"Args", "State", "train", "check", "update", "SETTINGS"}  # these differ by design
 OWN_OF = {
-    "sac.py": {"acting", "policy_at", "make_policy"}
-}  # no critic and no statistics in what its policy is made of
+    # no critic and no statistics in what its policy is made of
+    "sac.py": {"acting", "policy_at", "make_policy"},
+    # its policy denoises
+    "dppo.py": {"ActorCritic", "policy_at", "make_policy"},
+}
 
 
 def blocks(path):
