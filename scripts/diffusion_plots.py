@@ -162,6 +162,36 @@ def draw_curves(curves: Curves, out: Path) -> None:
     pyplot.close(figure)
 
 
+def draw_returns(curves: Curves, out: Path) -> None:
+    """Returns over the steps of fine-tuning, means over seeds and their range, the clones as lines."""
+    import numpy as np
+    from matplotlib import pyplot
+
+    tasks = {"pendulum": "Pendulum-v1", "hopper": "Hopper-v4"}
+    shown = {task: env for task, env in tasks.items() if any(name.startswith(task) for name in curves)}
+    figure, axes = pyplot.subplots(
+        1, len(shown), figsize=(5.5 * len(shown), 4), layout="constrained", squeeze=False
+    )
+    for panel, (task, env) in zip(axes[0], shown.items(), strict=True):
+        for policy, color in (("diffusion", "C0"), ("gaussian", "C1")):
+            if seeds := curves.get(f"{task}_{policy}"):
+                length = min(map(len, seeds))
+                step = [row["step"] for row in seeds[0][:length]]
+                values = np.array([[row["eval_return"] for row in seed[:length]] for seed in seeds])
+                label = f"{policy} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
+                panel.plot(step, values.mean(0), color=color, label=label)
+                panel.fill_between(step, values.min(0), values.max(0), color=color, alpha=0.2)
+                panel.axhline(
+                    values[:, 0].mean(), color=color, linestyle="--", linewidth=1, label="its clone"
+                )
+        panel.set(title=env, xlabel="environment steps")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    axes[0, 0].set(ylabel="return without noise")
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
+
+
 def draw(curves: Curves, runs: Path, results: Path) -> list[str]:
     """Every picture whose runs are there; what is missing for the others."""
     import matplotlib
@@ -182,4 +212,6 @@ def draw(curves: Curves, runs: Path, results: Path) -> list[str]:
             missing.append(f"{out} needs {', '.join(sorted(names - there))}")
     if curves.keys() & CURVES.keys():
         draw_curves(curves, results / "line.png")
+    if any(name.startswith(("pendulum", "hopper")) for name in curves):
+        draw_returns(curves, results / "control.png")
     return missing

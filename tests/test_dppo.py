@@ -37,19 +37,19 @@ def small(**changes):
     return Args(**(SMALL | changes))
 
 
-def model(args, obs_dim=2, action_dim=1):
-    """A fresh network whose head is not near zero, its schedule, parameters and forward function."""
+def model(args, obs_dim=2, action_dim=1, gain=1.0):
+    """A fresh network, its head's weights times `gain`, its schedule, parameters and forward function."""
     schedule = dppo.make_schedule(args)
     torch.manual_seed(0)
     net = ActorCritic(obs_dim, args.chunk * action_dim, schedule, args.hidden)
-    net.policy_head.weight.data *= 100
+    net.policy_head.weight.data *= gain
     params, unflatten = flatten(net)
     return net, schedule, params, lambda p, *inputs: functional_call(net, unflatten(p), inputs)
 
 
 def chains(args, count=6, action_dim=1):
     """A fresh network's observations, chains and the noise that made them."""
-    net, schedule, params, forward = model(args, action_dim=action_dim)
+    net, schedule, params, forward = model(args, action_dim=action_dim, gain=100.0)
     generator = torch.Generator().manual_seed(1)
     obs = torch.randn(count, 2, generator=generator)
     noise = torch.randn(args.chain + 1, count, args.chunk * action_dim, generator=generator)
@@ -325,31 +325,35 @@ def test_without_minari(monkeypatch):
         demonstrations.open_demonstrations("minari:known", envs)
 
 
-@pytest.mark.parametrize(("policy", "near"), [("diffusion", 0.5), ("gaussian", 0.0)])
-def test_a_diffusion_policy_keeps_two_modes_where_a_gaussian_has_their_mean(policy, near):
+@pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
+def test_a_diffusion_policy_keeps_two_modes_where_a_gaussian_has_their_mean(policy):
     """The data say -0.5 or 0.5, whatever is seen."""
-    args = small(policy=policy, denoising_steps=8, min_std=0.05, hidden=(32, 32), clone_batch=128)
+    args = small(policy=policy, denoising_steps=8, min_std=0.05, hidden=(32, 32))
     net, schedule, params, forward = model(args)
     generator, opt = torch.Generator().manual_seed(0), new_adam(params)
-    for i in range(3):
-        obs = torch.randn(200, 128, 2, generator=generator)
-        action = torch.randint(2, (200, 128, 1), generator=generator) - 0.5
-        k = torch.randint(1, args.chain + 1, (200, 128), generator=generator)
-        eps = torch.randn(200, 128, 1, generator=generator)
+    for i in range(4):
+        obs = torch.randn(100, 128, 2, generator=generator)
+        action = torch.randint(2, (100, 128, 1), generator=generator) - 0.5
+        k = torch.randint(1, args.chain + 1, (100, 128), generator=generator)
+        eps = torch.randn(100, 128, 1, generator=generator)
         batches = dppo.Demonstrated(obs, action, eps, k)
-        rate = torch.tensor(3e-3 * (1 - i / 3))
+        rate = torch.tensor(1e-2 * (1 - i / 4))
         params, opt, _ = dppo.clone(forward, schedule, args, params, opt, batches, rate)
     torch.nn.utils.vector_to_parameters(params, net.parameters())
     noise = torch.randn(args.chain + 1, 1000, 1, generator=generator)
     with torch.no_grad():
         action = dppo.denoise(net, schedule, torch.randn(1000, 2, generator=generator), noise)[:, 0]
-    assert ((action.abs() - near).abs() < 0.2).float().mean() > 0.9
-    assert 0.35 < (action > 0).float().mean() < 0.65
+    apart = (action.abs() > 0.25).float().mean()
+    assert apart > 0.8 if policy == "diffusion" else apart < 0.1
+    if policy == "diffusion":
+        assert 0.35 < (action > 0).float().mean() < 0.65 and action.abs().mean() == pytest.approx(
+            0.5, abs=0.1
+        )
 
 
 def test_compiled_equals_eager():
     """Both updates, whole passes of minibatches."""
-    args = small(minibatch_size=9, compile=True)
+    args = small(minibatch_size=9, hidden=(8,))
     net, schedule, params, forward, obs, _, chain = chains(args, count=9, action_dim=2)
     rows = dppo.denoising_rows(net, schedule, obs, chain)
     *rest, old = (row.detach() for row in rows)
@@ -384,8 +388,8 @@ def test_a_clone_is_improved(policy, source, tmp_path):
     """From a clone that plays near 4 to a = 4 + o, where the reward is 0: the table has both ends."""
     result = dppo.train(small(
         **TASK, policy=policy, data=str(source), run_dir=str(tmp_path / "run"), num_envs=16, num_steps=16,
-        clone_steps=400, total_steps=6400, num_epochs=5, minibatch_size=128, learning_rate=3e-3, gamma=0.0, eval_every=3200,
-        eval_episodes=50, hidden=(32, 32),
+        clone_steps=400, total_steps=6400, num_epochs=5, minibatch_size=128, learning_rate=3e-3, gamma=0.0,
+        eval_every=3200, eval_episodes=50, hidden=(32, 32),
     ))  # fmt: skip
     table = command.rows(tmp_path / "run")
     first = next(row for row in table if row["eval_return"])
@@ -420,7 +424,7 @@ def test_the_critic_learns_alone_at_first(source, tmp_path):
 
 def test_the_same_seed_gives_the_same_run(source, tmp_path):
     """Bit for bit, with chunks of 2; another seed another one."""
-    args = small(env="Pendulum-v1", chunk=2, data=str(agents.train_sac(tmp_path / "sac")), total_steps=64)
+    args = small(env="Pendulum-v1", chunk=2, data=str(agents.untrained(tmp_path / "run", "Pendulum-v1")))
     tables = []
     for name, seed in (("one", 1), ("two", 1), ("three", 2)):
         dppo.train(dataclasses.replace(args, run_dir=str(tmp_path / name), seed=seed))
