@@ -19,14 +19,14 @@ The critic sees s alone. An early step of the chain has less to do with what the
 weighs it less. sigma_k is kept from falling below --min-std: exploration. Evaluations play the chain without
 noise, and of its chunk the first action.
 
-    python zoo/dppo.py --data results/dppo/Pendulum-v1/data                    from a clone at -900 to -170
-    python zoo/dppo.py --data results/dppo/Pendulum-v1/data --policy gaussian  the same of one step
+    python zoo/dppo.py --data results/dppo/Pendulum-v1                    from a clone at -900 to -170
+    python zoo/dppo.py --data results/dppo/Pendulum-v1 --policy gaussian  the same of one step
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -526,7 +526,7 @@ def train(args: Args) -> float:
             envs, obs, policy, noise.normal_(generator=generator), args.chunk
         )
         seen, obs_stats, return_stats, sums = as_seen(rollout, obs_stats, return_stats, sums, args)
-        steps = denoising_rows(net, schedule, seen.obs.flatten(0, 1), seen.action.flatten(0, 1))
+        steps: Any = denoising_rows(net, schedule, seen.obs.flatten(0, 1), seen.action.flatten(0, 1))
         decided = begins.flatten()
         rows = decided.repeat_interleave(args.chain).nonzero().squeeze(-1)
 

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -61,8 +62,10 @@ def _played(agent: Agent, steps: int, seed: int, num_envs: int = 10) -> list[Epi
     episodes = []
     for seen, action, reward, ended in zip(*columns, strict=True):
         cuts = np.flatnonzero(ended) + 1
-        pieces = zip(*(np.split(column, cuts) for column in (seen, action, reward)), strict=True)
-        episodes += [Episode(*piece, whole=i < len(cuts)) for i, piece in enumerate(pieces) if len(piece[0])]
+        for i, (start, stop) in enumerate(pairwise((0, *cuts, len(ended)))):
+            if start < stop:
+                piece = slice(start, stop)
+                episodes.append(Episode(seen[piece], action[piece], reward[piece], i < len(cuts)))
     return episodes
 
 
