@@ -166,7 +166,7 @@ def write_table(results: Path) -> None:
                 last = [
                     row | {"clone": curve[0]["eval_return"]} for row, curve in zip(last, curves, strict=True)
                 ]
-            for column in last[0]:
+            for column in [name for name in last[0] if all(name in final for final in last)]:
                 if column.startswith("eval_") or column in ("step", "wall_time", "clipfrac", "clone"):
                     values = np.array([final[column] for final in last])
                     short = column.removeprefix("eval_")
