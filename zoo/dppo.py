@@ -88,9 +88,7 @@ class Args(RunArgs):
     value_coef: float = 0.25  # weight of the value loss, c1
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
-    normalize_obs: bool = (
-        True  # observations by their mean and standard deviation, those of the data at first
-    )
+    normalize_obs: bool = True  # observations by running mean and standard deviation, at first the data's
     scale_rewards: bool = True  # rewards by the running standard deviation of the discounted return
 
     @property
@@ -437,6 +435,45 @@ def make_policy(envs: VectorEnv, args: Args, agent: dict) -> Policy:
     return act
 
 
+def clone_policy(
+    state: State, episodes: list[Episode], forward: Callable, schedule: Schedule, evaluation: Evaluation,
+    run: Run, args: Args,
+) -> State:  # fmt: skip
+    """The state after cloning what the episodes show, reported as step 0 of the run as it goes.
+
+    At the end the clone is evaluated, and the critic's optimiser begins anew with the policy's.
+    """
+    seen, shown = windows(episodes, args.chunk)
+    device, generator = state.params.device, state.generator
+    obs, action = torch.as_tensor(seen, device=device), torch.as_tensor(shown, device=device)
+    if args.normalize_obs:
+        stats = new_stats(
+            obs.shape[1], device=device
+        )  # not those of a stopped run, which hold the data already
+        state = state._replace(obs_stats=update_stats(stats, obs))
+    obs = normalize(obs, state.obs_stats)
+    clone_compiled = compile_function(partial(clone, forward, schedule, args), device, args.compile)
+    while state.cloned < args.clone_steps:
+        count = min(AT_ONCE, args.clone_steps - state.cloned)
+        drawn = (count, args.clone_batch)
+        rows = torch.randint(len(obs), drawn, generator=generator, device=device)
+        k = torch.randint(1, args.chain + 1, drawn, generator=generator, device=device)
+        eps = torch.empty(*drawn, action.shape[1], device=device).normal_(generator=generator)
+        rate = torch.tensor(args.clone_rate * (1 - state.cloned / args.clone_steps), device=device)
+        batches = Demonstrated(obs[rows], action[rows], eps, k)
+        params, opt, loss = clone_compiled(state.params, state.opt, batches, rate)
+        done, metrics = state.cloned + count, {"clone_loss": loss}
+        if done == args.clone_steps:
+            opt = new_adam(params)
+            returned = mean_return(episodes)
+            metrics |= {} if returned is None else {"data_return": torch.tensor(returned)}
+            if args.eval_every:
+                metrics |= evaluation({"params": params, "obs_stats": state.obs_stats})
+        state = state._replace(params=params, opt=opt, cloned=done)
+        run.report(0, state, acting(state), metrics, [])
+    return state
+
+
 def check(args: Args) -> None:
     """Refuse arguments that cannot work together."""
     check_args(
@@ -556,43 +593,6 @@ def train(args: Args) -> float:
         run.report(run.step + args.num_envs * args.num_steps, state, acting(state), log, ended)
     envs.close()
     return run.finish(state, acting(state))
-
-
-def clone_policy(
-    state: State, episodes: list[Episode], forward: Callable, schedule: Schedule, evaluation: Evaluation,
-    run: Run, args: Args,
-) -> State:  # fmt: skip
-    """The state after cloning what the episodes show, reported as step 0 of the run as it goes.
-
-    At the end the clone is evaluated, and the critic's optimiser begins anew with the policy's.
-    """
-    seen, shown = windows(episodes, args.chunk)
-    device, generator = state.params.device, state.generator
-    if args.normalize_obs:
-        state = state._replace(obs_stats=update_stats(new_stats(seen.shape[1], device=device),
-                                                      torch.as_tensor(seen, device=device)))  # fmt: skip
-    obs = normalize(torch.as_tensor(seen, device=device), state.obs_stats)
-    action = torch.as_tensor(shown, device=device)
-    clone_compiled = compile_function(partial(clone, forward, schedule, args), device, args.compile)
-    while state.cloned < args.clone_steps:
-        count = min(AT_ONCE, args.clone_steps - state.cloned)
-        drawn = (count, args.clone_batch)
-        rows = torch.randint(len(obs), drawn, generator=generator, device=device)
-        k = torch.randint(1, args.chain + 1, drawn, generator=generator, device=device)
-        eps = torch.empty(*drawn, action.shape[1], device=device).normal_(generator=generator)
-        rate = torch.tensor(args.clone_rate * (1 - state.cloned / args.clone_steps), device=device)
-        batches = Demonstrated(obs[rows], action[rows], eps, k)
-        params, opt, loss = clone_compiled(state.params, state.opt, batches, rate)
-        done, metrics = state.cloned + count, {"clone_loss": loss}
-        if done == args.clone_steps:
-            opt = new_adam(params)
-            returned = mean_return(episodes)
-            metrics |= {} if returned is None else {"data_return": torch.tensor(returned)}
-            if args.eval_every:
-                metrics |= evaluation({"params": params, "obs_stats": state.obs_stats})
-        state = state._replace(params=params, opt=opt, cloned=done)
-        run.report(0, state, acting(state), metrics, [])
-    return state
 
 
 if __name__ == "__main__":
