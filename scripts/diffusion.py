@@ -43,6 +43,7 @@ class Experiment(NamedTuple):
     seeds: int = 5
 
 
+DATA_COEF = 10
 CLIPPED = "--method is --num-epochs 4 --minibatch-size 1280 --total-steps 51200"
 EXPERIMENTS: dict[str, Experiment] = {
     "line_return": Experiment("ddpo"),
@@ -73,6 +74,16 @@ EXPERIMENTS: dict[str, Experiment] = {
     "digits_return": Experiment("ddpo", "--env digits", 3),
     "digits_0.8": Experiment("ddpo", "--env digits --beta 0.8", 3),
     "digits_none": Experiment("ddpo", "--env digits --kl none", 3),
+    # a KL, an extra pretraining loss, both; neither is line_none
+    "data_loss": Experiment("ddpo", f"--kl none --data-coef {DATA_COEF}", 3),
+    "data_loss_return": Experiment("ddpo", f"--data-coef {DATA_COEF}", 3),
+    **{
+        f"{task}_{policy}": Experiment(
+            "dppo", f"--env {env} --data results/dppo/{env} --policy {policy}", seeds
+        )
+        for task, env, seeds in (("pendulum", "Pendulum-v1", 5), ("hopper", "Hopper-v4", 3))
+        for policy in ("diffusion", "gaussian")
+    },
 }
 
 
@@ -148,10 +159,15 @@ def write_table(results: Path) -> None:
     """table.csv: a row for each experiment with results."""
     rows = []
     for name, experiment in EXPERIMENTS.items():
-        if last := [curve[-1] for curve in load(name, results)]:
+        if curves := load(name, results):
+            last = [curve[-1] for curve in curves]
             row: dict[str, str | int] = {"experiment": name, "args": experiment.args, "seeds": len(last)}
-            for column in last[0]:
-                if column.startswith("eval_") or column in ("step", "wall_time", "clipfrac"):
+            if experiment.agent == "dppo":  # its first row is the clone's
+                last = [
+                    row | {"clone": curve[0]["eval_return"]} for row, curve in zip(last, curves, strict=True)
+                ]
+            for column in [name for name in last[0] if all(name in final for final in last)]:
+                if column.startswith("eval_") or column in ("step", "wall_time", "clipfrac", "clone"):
                     values = np.array([final[column] for final in last])
                     short = column.removeprefix("eval_")
                     row[short] = f"{values.mean():.4g}"

@@ -162,6 +162,100 @@ def draw_curves(curves: Curves, out: Path) -> None:
     pyplot.close(figure)
 
 
+def draw_frontier(curves: Curves, runs: Path, out: Path) -> None:
+    """Reward and path KL on the line at several beta, and the exact curve of the best chains (seed 1)."""
+    import numpy as np
+    from matplotlib import pyplot
+
+    agent = load_agent(runs / "line_return" / "seed_1")
+    exact = agent.exact()
+    means, reward = exact.means(agent.acting["reference"]), agent.target.reward(exact.grid.points)
+    best = []
+    for beta in np.geomspace(0.07, 3.0, 25):
+        values = mixtures.soft_values(exact.grid, means, exact.sigma, reward, beta)
+        chance = mixtures.best_marginal(exact.grid, means, exact.sigma, values, beta)
+        expected = (chance @ reward.to(chance)).mean().item()
+        best.append(((expected - (values[-1] @ mixtures.start(exact.grid)).mean().item()) / beta, expected))
+    figure, panel = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    panel.plot(*zip(*best, strict=True), "k-", linewidth=1, label="the best chains")
+    for place, label, mark in (
+        ("return", "KL in the return", "o"),
+        ("loss", "KL as a loss a step, S0 (29)", "s"),
+    ):
+        points = []
+        for beta in ("1", "0.5", "0.25", "0.1"):
+            last = [seed[-1] for seed in curves.get(f"line_{place}" + f"_{beta}" * (beta != "0.5"), [])]
+            points += [(row["eval_path_kl"], row["eval_reward"]) for row in last]
+        panel.plot(*zip(*points, strict=True), mark, label=label, alpha=0.6)
+    panel.set(xlabel="KL of the path to the reference", ylabel="reward", title="line, beta 1, 0.5, 0.25, 0.1")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
+
+
+KEEPS = {
+    "line_none": "neither",
+    "line_return": "a KL in the return",
+    "data_loss": "a pretraining loss",
+    "data_loss_return": "both",
+}
+
+
+def draw_keeps(curves: Curves, out: Path) -> None:
+    """Reward, pretraining loss and path KL over training with a KL, a pretraining loss, both, and neither."""
+    import numpy as np
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for name, label in KEEPS.items():
+        seeds = [seed for seed in curves[name] if "eval_pretrain_loss" in seed[0]]
+        if not seeds:
+            continue
+        length = min(map(len, seeds))
+        step = [row["step"] for row in seeds[0][:length]]
+        for panel, column in zip(axes, ("eval_reward", "eval_pretrain_loss", "eval_path_kl"), strict=True):
+            values = np.mean([[row[column] for row in seed[:length]] for seed in seeds], axis=0)
+            panel.plot(step, values, label=f"{label} ({len(seeds)} seed{'s' * (len(seeds) > 1)})")
+    titles = ("reward", "pretraining loss on held-out data", "KL of the path to the reference")
+    for panel, title in zip(axes, titles, strict=True):
+        panel.set(title=title, xlabel="chains", yscale="linear" if title == "reward" else "log")
+        panel.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_returns(curves: Curves, out: Path) -> None:
+    """Returns over the steps of fine-tuning, means over seeds and their range, the clones as lines."""
+    import numpy as np
+    from matplotlib import pyplot
+
+    tasks = {"pendulum": "Pendulum-v1", "hopper": "Hopper-v4"}
+    shown = {task: env for task, env in tasks.items() if any(name.startswith(task) for name in curves)}
+    figure, axes = pyplot.subplots(
+        1, len(shown), figsize=(5.5 * len(shown), 4), layout="constrained", squeeze=False
+    )
+    for panel, (task, env) in zip(axes[0], shown.items(), strict=True):
+        for policy, color in (("diffusion", "C0"), ("gaussian", "C1")):
+            if seeds := curves.get(f"{task}_{policy}"):
+                length = min(map(len, seeds))
+                step = [row["step"] for row in seeds[0][:length]]
+                values = np.array([[row["eval_return"] for row in seed[:length]] for seed in seeds])
+                label = f"{policy} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
+                panel.plot(step, values.mean(0), color=color, label=label)
+                panel.fill_between(step, values.min(0), values.max(0), color=color, alpha=0.2)
+                panel.axhline(
+                    values[:, 0].mean(), color=color, linestyle="--", linewidth=1, label="its clone"
+                )
+        panel.set(title=env, xlabel="environment steps")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    axes[0, 0].set(ylabel="return without noise")
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
+
+
 def draw(curves: Curves, runs: Path, results: Path) -> list[str]:
     """Every picture whose runs are there; what is missing for the others."""
     import matplotlib
@@ -182,4 +276,10 @@ def draw(curves: Curves, runs: Path, results: Path) -> list[str]:
             missing.append(f"{out} needs {', '.join(sorted(names - there))}")
     if curves.keys() & CURVES.keys():
         draw_curves(curves, results / "line.png")
+    if "line_return" in there and {"line_return_1", "line_loss_1"} <= curves.keys():
+        draw_frontier(curves, runs, results / "frontier.png")
+    if curves.keys() >= KEEPS.keys():
+        draw_keeps(curves, results / "keeps.png")
+    if any(name.startswith(("pendulum", "hopper")) for name in curves):
+        draw_returns(curves, results / "control.png")
     return missing

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import command
 import pytest
 import torch
 from torch.func import grad_and_value
@@ -183,6 +184,7 @@ def test_exact_evaluations_agree_with_samples():
         (dict(env="lines"), "--env lines: no such task; there are line, ring, digits .nearest: line"),
         (dict(num_chains=3, total_steps=10), "--num-chains 3: a mean over a context's chains needs 4"),
         (dict(steps=1), "--steps must be at least 2, not 1"),
+        (dict(data_coef=-1.0), "--data-coef must be at least 0 and finite, not -1"),
     ],
 )
 def test_bad_input_is_refused(changes, message):
@@ -199,6 +201,17 @@ def test_the_digits():
     found = {digit: target.judge(target.judge_data[target.judge_label == digit]) for digit in (WANTED, 1, 5)}
     assert found[WANTED]["share"] > 0.95 and found[1]["share"] < 0.05 and found[5]["share"] < 0.05
     assert found[WANTED]["reward"] > -0.5 and found[1]["reward"] < -3
+
+
+def test_a_pretraining_loss_beside_the_reward_keeps_it_low(tmp_path):
+    """With most of the weight on data it falls from what a short pretraining left; without any it rises."""
+    losses = {}
+    for weight in (0.0, 100.0):
+        folder = tmp_path / str(weight)
+        ddpo.train(small(data_coef=weight, kl="none", run_dir=str(folder), total_steps=640, eval_every=320))
+        told = [row["eval_pretrain_loss"] for row in command.rows(folder)]
+        losses[weight] = [float(cell) for cell in told if cell]
+    assert losses[100.0][-1] < losses[100.0][0] < losses[0.0][-1]
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ class Args(RunArgs):
     method: Literal["score", "is"] = "score"  # one step on fresh chains, or several, importance sampled
     kl: Literal["none", "loss", "return", "log-ratio"] = "return"  # where the KL to the reference stands
     beta: float = 0.5  # weight of the path's KL; with --kl none only the tilt's that samples are compared to
+    data_coef: float = 0.0  # weight of the pretraining loss, on data, in every gradient step
     num_chains: int = 512  # chains between updates
     num_epochs: int = 1  # passes over a batch of chains, with --method is
     minibatch_size: int = 5120  # denoising steps in a gradient step of --method is; divides chains x steps
@@ -255,6 +256,17 @@ class State(NamedTuple):
     generator: torch.Generator
 
 
+def draw_data(
+    target: Target, schedule: Schedule, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x0 (B, d) of the data, their contexts, steps t of 1 .. T (B,), and noise eps (B, d)."""
+    device = generator.device
+    context = torch.randint(target.contexts, (count,), generator=generator, device=device)
+    t = torch.randint(1, schedule.steps + 1, (count,), generator=generator, device=device)
+    x0 = target.sample(context, generator)
+    return x0, context, t, torch.empty_like(x0).normal_(generator=generator)
+
+
 def pretrain_denoiser(
     params: Tensor, loss: Callable, target: Target, schedule: Schedule, generator: torch.Generator, args: Args
 ) -> Tensor:
@@ -265,15 +277,12 @@ def pretrain_denoiser(
         params, opt = adam(params, clip_grad(grad, args.max_grad_norm)[0], opt, learning_rate)
         return params, opt, value
 
-    device, size, opt = params.device, args.pretrain_batch, new_adam(params)
+    device, opt = params.device, new_adam(params)
     update = compile_function(update, device, args.compile)
     for i in range(args.pretrain_steps):
-        context = torch.randint(target.contexts, (size,), generator=generator, device=device)
-        t = torch.randint(1, schedule.steps + 1, (size,), generator=generator, device=device)
-        x0 = target.sample(context, generator)
-        eps = torch.empty_like(x0).normal_(generator=generator)
+        batch = draw_data(target, schedule, args.pretrain_batch, generator)
         rate = torch.tensor(args.pretrain_rate * (1 - i / args.pretrain_steps), device=device)
-        params, opt, _ = update(params, opt, (x0, context, t, eps), rate)
+        params, opt, _ = update(params, opt, batch, rate)
     return params
 
 
@@ -315,6 +324,10 @@ def check(args: Args) -> None:
         ),
         fractions=("eta",),
         positive=("beta", "learning_rate", "max_grad_norm", "clip", "min_sigma", "pretrain_rate"),
+    )
+    require(
+        0 <= args.data_coef < float("inf"),
+        f"--data-coef must be at least 0 and finite, not {args.data_coef:g}",
     )
     require(args.steps >= 2, f"--steps must be at least 2, not {args.steps}")
     require(
@@ -358,19 +371,27 @@ def train(args: Args) -> float:
     def sample(params, noise, context, sigma):
         return sample_chain(mean, params, noise, context, sigma)
 
-    def update(params, opt, batch, learning_rate):
+    def loss(params, batch, data):
+        value, metrics = ddpo_loss(params, batch, mean, schedule.sigma, args)
+        return value + (args.data_coef * pretraining(params, *data) if args.data_coef else 0.0), metrics
+
+    def update(params, opt, batch, data, learning_rate):
         """The gradient step, a pure function: parameters, optimiser and batch in, the new ones and metrics
         out.
         """
-        grad, (_, metrics) = grad_and_value(ddpo_loss, has_aux=True)(
-            params, batch, mean, schedule.sigma, args
-        )
+        grad, (_, metrics) = grad_and_value(loss, has_aux=True)(params, batch, data)
         grad, grad_norm = clip_grad(grad, args.max_grad_norm)
         params, opt = adam(params, grad, opt, learning_rate)
         return params, opt, metrics | {"grad_norm": grad_norm}
 
     update = compile_function(update, device, args.compile)
-    evaluate = make_evaluation(target, schedule, args.beta, mean, sample)
+    exact = make_evaluation(target, schedule, args.beta, mean, sample)
+    own = torch.Generator(device).manual_seed(generator_seed(args.seed, "evaluation"))
+    held = draw_data(target, schedule, 4096, own)
+
+    def evaluate(acting):
+        return exact(acting) | {"eval_pretrain_loss": pretraining(acting["params"], *held).item()}
+
     run = Run(args, "ddpo", evaluate, unit="chains")
     generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "noise"))
     if not args.resume:
@@ -389,7 +410,8 @@ def train(args: Args) -> float:
         for _ in range(epochs):
             order = torch.randperm(rows, generator=generator, device=device) if size < rows else slice(None)
             for minibatch in zip(*(column[order].split(size) for column in batch), strict=True):
-                params, opt, info = update(params, opt, Denoising(*minibatch), learning_rate)
+                data = draw_data(target, schedule, args.pretrain_batch, generator) if args.data_coef else ()
+                params, opt, info = update(params, opt, Denoising(*minibatch), data, learning_rate)
                 metrics.append(info)
         state = state._replace(params=params, opt=opt)
         means |= {name: torch.stack([info[name] for info in metrics]).mean() for name in metrics[0]}

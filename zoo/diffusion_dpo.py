@@ -284,6 +284,17 @@ class State(NamedTuple):
     generator: torch.Generator
 
 
+def draw_data(
+    target: Target, schedule: Schedule, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x0 (B, d) of the data, their contexts, steps t of 1 .. T (B,), and noise eps (B, d)."""
+    device = generator.device
+    context = torch.randint(target.contexts, (count,), generator=generator, device=device)
+    t = torch.randint(1, schedule.steps + 1, (count,), generator=generator, device=device)
+    x0 = target.sample(context, generator)
+    return x0, context, t, torch.empty_like(x0).normal_(generator=generator)
+
+
 def pretrain_denoiser(
     params: Tensor, loss: Callable, target: Target, schedule: Schedule, generator: torch.Generator, args: Args
 ) -> Tensor:
@@ -294,15 +305,12 @@ def pretrain_denoiser(
         params, opt = adam(params, clip_grad(grad, args.max_grad_norm)[0], opt, learning_rate)
         return params, opt, value
 
-    device, size, opt = params.device, args.pretrain_batch, new_adam(params)
+    device, opt = params.device, new_adam(params)
     update = compile_function(update, device, args.compile)
     for i in range(args.pretrain_steps):
-        context = torch.randint(target.contexts, (size,), generator=generator, device=device)
-        t = torch.randint(1, schedule.steps + 1, (size,), generator=generator, device=device)
-        x0 = target.sample(context, generator)
-        eps = torch.empty_like(x0).normal_(generator=generator)
+        batch = draw_data(target, schedule, args.pretrain_batch, generator)
         rate = torch.tensor(args.pretrain_rate * (1 - i / args.pretrain_steps), device=device)
-        params, opt, _ = update(params, opt, (x0, context, t, eps), rate)
+        params, opt, _ = update(params, opt, batch, rate)
     return params
 
 
