@@ -98,6 +98,11 @@ SUITES: dict[str, list[Entry]] = {
         Entry("sac", "Hopper-v4", THREE),
         Entry("sac", "Walker2d-v4", THREE),
     ],
+    "preferences": [
+        Entry("preferences", "Pendulum-v1", FIVE),
+        Entry("preferences", "HalfCheetah-v4", FIVE),
+        Entry("preferences", "Hopper-v4", THREE, "--fixed-horizon"),
+    ],
 }
 
 # runs share the machine: more threads would only slow each other down

@@ -1,8 +1,9 @@
-"""Draw learning curves: mean over seeds of the deterministic evaluations, shaded by a standard deviation
-each way.
+"""Draw learning curves: mean over seeds of the deterministic evaluations, or of other columns, shaded by a
+standard deviation each way.
 
     python scripts/plot.py runs/MY_RUN runs/ANOTHER      a curve for each run, to curves.png
     python scripts/plot.py --env HalfCheetah-v4          every agent on the task, to results/TASK.png
+    python scripts/plot.py runs/MY_RUN --columns predicted_reward eval_return
     python scripts/plot.py results/reinforce/CartPole-v1 results/no_baseline/reinforce/CartPole-v1 \\
         --labels "learned V" "no baseline" --out results/no_baseline.png
 
@@ -33,14 +34,16 @@ class Args:
     """in place of folders: the task of which to draw every agent in --results"""
     labels: tuple[str, ...] = ()
     """names of the folders' curves (default: the agents' names, the runs' folders)"""
+    columns: tuple[str, ...] = ("eval_return",)
+    """columns of the tables to draw, a panel each"""
     results: Path = Path("results")
     """where --env looks"""
     out: Path | None = None
     """picture to write: png, svg or pdf (default: TASK.png in --results for --env, else curves.png)"""
 
 
-def load_curves(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (K,) and evaluation returns (seeds, K) of a folder, on the steps that all seeds reached.
+def load_curves(folder: Path, column: str = "eval_return") -> tuple[np.ndarray, np.ndarray]:
+    """Steps (K,) and a column (seeds, K) of a folder's tables, on the steps that all seeds reached.
 
     Of a run's folder the seeds are one. Raises UsageError.
     """
@@ -50,9 +53,10 @@ def load_curves(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     seeds = []
     for path in files:
         with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row.get("eval_return")]
-        require(bool(rows), f"{path}: has no evaluations")
-        seeds.append(np.array([(float(row["step"]), float(row["eval_return"])) for row in rows]).T)
+            rows = [row for row in csv.DictReader(file) if row.get(column)]
+        missing = "evaluations" if column == "eval_return" else f"values of {column} (--columns)"
+        require(bool(rows), f"{path}: has no {missing}")
+        seeds.append(np.array([(float(row["step"]), float(row[column])) for row in rows]).T)
     shortest = min(seeds, key=lambda seed: seed[0, -1])
     steps = shortest[0]
     return steps, np.stack([np.interp(steps, *seed) for seed in seeds])
@@ -76,24 +80,33 @@ def task(folders: list[Path]) -> str:
     return found.pop() if len(found) == 1 else ""
 
 
-def draw(folders: list[Path], labels: list[str], title: str, out: Path) -> None:
+def draw(
+    folders: list[Path], labels: list[str], title: str, out: Path, columns: tuple[str, ...] = ("eval_return",)
+) -> None:
     """Write the picture. Raises UsageError where a folder has no curves or `out` cannot be written."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    curves = [load_curves(folder) for folder in folders]
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for label, (steps, returns) in zip(labels, curves, strict=True):
-        mean, std = returns.mean(0), returns.std(0, ddof=1) if len(returns) > 1 else 0.0
-        count = f"{len(returns)} seed{'s' if len(returns) > 1 else ''}"
-        (line,) = axes.plot(steps, mean, label=f"{label} ({count})")
-        axes.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.set(title=title, xlabel="environment steps", ylabel="return of deterministic evaluations")
-    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
-    axes.grid(alpha=0.3)
-    axes.legend()
+    panels = [[load_curves(folder, column) for folder in folders] for column in columns]
+    size = (7, 4.5 if len(columns) == 1 else 3 * len(columns))
+    figure, grid = pyplot.subplots(
+        len(columns), 1, figsize=size, layout="constrained", sharex=True, squeeze=False
+    )
+    for axes, column, curves in zip(grid[:, 0], columns, panels, strict=True):
+        for label, (steps, values) in zip(labels, curves, strict=True):
+            mean, std = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0.0
+            count = f"{len(values)} seed{'s' if len(values) > 1 else ''}"
+            (line,) = axes.plot(steps, mean, label=f"{label} ({count})")
+            axes.fill_between(steps, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
+        told = "return of deterministic evaluations" if column == "eval_return" else column.replace("_", " ")
+        axes.set(ylabel=told if len(columns) == 1 else told.replace(" of ", "\nof "))
+        axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+        axes.grid(alpha=0.3)
+    grid[0, 0].set(title=title)
+    grid[-1, 0].set(xlabel="environment steps")
+    grid[0, 0].legend()
     try:
         figure.savefig(out, dpi=120)
     except (OSError, ValueError) as error:
@@ -119,7 +132,7 @@ def main() -> int:
         require(len(labels) == len(folders), f"--labels: {len(labels)} names for {len(folders)} curves")
         title, default = args.env or task(folders), Path("curves.png")
         out = args.out or (args.results / f"{args.env}.png" if args.env else default)
-        draw(folders, labels, title, out)
+        draw(folders, labels, title, out, args.columns)
         print(f"{out}: {len(folders)} curve{'s' if len(folders) > 1 else ''}")
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

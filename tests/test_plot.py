@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import plot
 import pytest
+from PIL import Image
 
 from zoo.common.errors import UsageError
 
@@ -84,3 +85,20 @@ def test_bad_input_gets_one_line_and_status_2(tmp_path, command):
     ):
         status, lines = command(*arguments)
         assert status == 2 and len(lines) == 1 and reason in lines[0]
+
+
+def test_other_columns_have_panels_of_their_own(tmp_path, command):
+    for run, factor in (("first", 1), ("second", 2)):
+        (tmp_path / run).mkdir()
+        rows = "\n".join(f"{step},{factor * step},{5.0 if step == 200 else ''}" for step in (100, 200, 300))
+        (tmp_path / run / "progress.csv").write_text(f"step,loss,eval_return\n{rows}\n")
+    folders = [tmp_path / "first", tmp_path / "second"]
+    steps, loss = plot.load_curves(folders[1], "loss")
+    assert steps.tolist() == [100, 200, 300] and loss.tolist() == [[200, 400, 600]]
+    sizes = []
+    for columns in (["eval_return"], ["loss", "eval_return"]):
+        assert command(*folders, "--columns", *columns, "--out", tmp_path / "picture.png") == (0, [])
+        sizes.append(Image.open(tmp_path / "picture.png").size)
+    assert sizes[1][1] > 1.2 * sizes[0][1]
+    status, lines = command(*folders, "--columns", "los", "--out", tmp_path / "picture.png")
+    assert status == 2 and "no values of los (--columns)" in lines[0]

@@ -7,13 +7,13 @@ import sys
 import gymnasium as gym
 import pytest
 
-from zoo import actor_critic, ppo, reinforce, sac, trpo
+from zoo import actor_critic, ppo, preferences, reinforce, sac, trpo
 from zoo.common.args import flag, settings, settings_for
 from zoo.common.cli import parse
 from zoo.common.envs import make_single
 from zoo.common.errors import UsageError
 
-AGENTS = [actor_critic, ppo, reinforce, sac, trpo]
+AGENTS = [actor_critic, ppo, preferences, reinforce, sac, trpo]
 
 
 def from_command_line(agent, *argv):
