@@ -1,5 +1,5 @@
-"""Record what `imitation` computes, for tests/test_preferences.py to compare the zoo's losses with; run where
-imitation is installed, beside the zoo's own packages (the older ones that it asks for are not needed here):
+"""Record what `imitation` computes, for tests/test_preferences_agent.py to compare the zoo's losses with; run
+where imitation is installed, beside the zoo's own packages (the older ones that it asks for are not needed):
 
     pip install -e '.[bench]' && pip install --no-deps imitation==1.0.1 && python scripts/record_imitation.py
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from command import ROOT
 from PIL import Image, ImageSequence
-from test_preferences import small, state_of
+from test_preferences_agent import small, state_of
 
 from zoo import preferences
 from zoo.common.ask import MOST, Human, Recorder, simulator_state
