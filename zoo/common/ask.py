@@ -12,8 +12,10 @@ told that it was taken; the files are numbered in the order in which the answers
 import contextlib
 import io
 import json
+import sys
 import threading
 import time
+import zipfile
 from collections import deque
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -160,7 +162,8 @@ class Human:
             torn.unlink()
         self.answered = len(list(self.folder.glob("*.npz")))
         threading.Thread(target=self.server.serve_forever, args=(0.1,), daemon=True).start()
-        tqdm.write(f"compare clips at {self.address} ({self.answered} of {labels} done)")
+        told = f"compare clips at {self.address} ({self.answered} of {labels} done)"
+        tqdm.write(told, file=sys.stderr)
 
     @property
     def waiting(self) -> int:
@@ -189,7 +192,7 @@ class Human:
             try:
                 with np.load(path, allow_pickle=False) as file:
                     arrays = [torch.as_tensor(file[name]) for name in ("obs", "action", "first")]
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
                 raise RunFault(f"{path} cannot be read: {error}") from error
             found.append((arrays[0], arrays[1], arrays[2].float()))
         return found
