@@ -230,8 +230,21 @@ def test_a_run_learns_from_a_human(tmp_path):
 
 
 KILLED = ["--env", "Pendulum-v1", "--ask", "human", "--labels", "12", "--no-compile", "--num-epochs", "1"]
-KILLED += ["--num-envs", "8", "--num-steps", "32", "--minibatch-size", "64", "--total-steps", "7680"]
-KILLED += ["--eval-episodes", "1", "--eval-every", "0", "--start", "0.5", "--pool", "2", "--ask-every", "2"]
+KILLED += ["--num-envs", "8", "--num-steps", "32", "--minibatch-size", "64", "--total-steps", "2560"]
+KILLED += [
+    "--reward-hidden",
+    "8",
+    "--eval-episodes",
+    "1",
+    "--eval-every",
+    "0",
+    "--start",
+    "0.5",
+    "--first",
+    "2",
+    "--ask-every",
+    "2",
+]
 
 
 def test_answers_survive_a_kill(tmp_path):

@@ -98,7 +98,9 @@ for cls in (Always, AlwaysOnObs, Ends):
 def small(folder, env, **changes):
     """Arguments of a run that learns a probe in a second or two."""
     sizes = dict(num_envs=8, num_steps=16, minibatch_size=64, total_steps=128 * 30, learning_rate=5e-3)
-    labels = dict(labels=60, clip_length=4, pool=2, ask_every=2, reward_batch=16, reward_hidden=(16, 16))
+    labels = dict(
+        labels=60, clip_length=4, pool=4, first=2, ask_every=2, reward_batch=16, reward_hidden=(16, 16)
+    )
     plumbing = dict(compile=False, eval_every=0, eval_episodes=2, env_threads=1, progress=False)
     given: dict[str, Any] = {**sizes, **labels, **plumbing, "run_dir": str(folder), **changes}
     return Args(env=env, **given)
@@ -544,7 +546,7 @@ def test_a_resumed_run_goes_on_with_its_labels(tmp_path, monkeypatch):
 
 
 def test_nothing_is_learned_before_the_first_answers(tmp_path):
-    args = small(tmp_path, "probe/Always-v0", total_steps=128 * 3, pool=3)
+    args = small(tmp_path, "probe/Always-v0", total_steps=128 * 3, first=3)
     preferences.train(args)
     table = rows(tmp_path)
     assert [row["policy_loss"] == "" for row in table] == [True, True, False]
@@ -658,11 +660,12 @@ def command_line(monkeypatch, capsys):
     [
         (["--labels", 0], ["--labels", "at least 1", "0"]),
         (["--labels", 2000], ["--labels 2000", "4,000 clips", "3,136"]),
-        (["--start", 1, "--pool", 1, "--num-envs", 2], ["--labels 700", "--pool", "28 comparisons"]),
+        (["--start", 1, "--first", 1, "--num-envs", 2], ["--labels 700", "--first", "28 comparisons"]),
         (["--clip-length", 129], ["--clip-length 129", "--num-steps 128"]),
         (["--clip-length", 250, "--num-steps", 256, "--labels", 20], ["--clip-length 250", "200"]),
         (["--clip-length", 0], ["--clip-length", "at least 1"]),
-        (["--pool", 200], ["--pool 200", "1,024", "98"]),
+        (["--first", 200, "--pool", 200], ["--first 200", "1,024", "98"]),
+        (["--first", 33], ["--first 33", "--pool 32"]),
         (["--ranked", 1], ["--ranked", "at least 2", "1"]),
         (["--ranked", 3, "--equal", 0.1], ["--equal 0.1", "--ranked 2", "3"]),
         (["--start", 1.5], ["--start", "[0, 1]", "1.5"]),

@@ -74,13 +74,14 @@ class Args(RunArgs):
     ranked: int = 2  # clips in a comparison, ranked best first, K
     queries: Literal["disagreement", "random"] = "disagreement"  # which comparisons are asked
     drawn: int = 10  # comparisons drawn for each one that is asked, with disagreement
-    pool: int = 4  # latest rollouts, of which clips are taken; as many are played before the first question
+    pool: int = 32  # latest rollouts, of which clips are taken
+    first: int = 4  # rollouts that the untrained policy plays before the first question
     ask_every: int = 10  # rollouts between questions, and between fits
     members: int = 3  # reward networks
     reward_hidden: tuple[int, ...] = (64, 64)  # widths of their leaky ReLU layers
-    reward_learning_rate: float = 1e-3  # Adam's, of the reward networks
-    reward_batch: int = 64  # comparisons in a gradient step of theirs
-    reward_passes: int = 200  # how many times as many comparisons are learned from as were answered since
+    reward_learning_rate: float = 1e-3  # Adam's, of the reward networks; falls as PPO's does
+    reward_batch: int = 32  # comparisons in a gradient step of theirs
+    reward_passes: int = 60  # how many times as many comparisons are learned from as were answered since
     error_model: float = 0.1  # share of the answers that the loss takes for chance, e
     pessimism: float = 0.0  # standard deviations between members that are taken off the predicted reward
     fixed_horizon: bool = False  # go on after an early end, until the time limit
@@ -579,16 +580,16 @@ FIT_STEPS = 25  # gradient steps in one call of `fit`, whose loop has a fixed le
 
 
 def refit(
-    model: RewardModel, known: Comparisons, new: int, x: Tensor, fit: Callable, rewards: Callable, args: Args,
-    generator: torch.Generator,
+    model: RewardModel, known: Comparisons, new: int, x: Tensor, remaining: float, fit: Callable,
+    rewards: Callable, args: Args, generator: torch.Generator,
 ) -> tuple[RewardModel, dict[str, Tensor]]:  # fmt: skip
     """The model after learning from all comparisons, for as long as `new` more of them are worth.
 
-    x (labels, K, L, F) are the comparisons as the networks read them, `fit` is the above, compiled, and
-    rewards(model, x) are the members' (M, B).
+    x (labels, K, L, F) are the comparisons as the networks read them, `remaining` is a factor on the learning
+    rate, `fit` is the above, compiled, and rewards(model, x) are the members' (M, B).
     """
     params, opt = model.params, model.opt
-    learning_rate = torch.tensor(args.reward_learning_rate, device=params.device)
+    learning_rate = torch.tensor(args.reward_learning_rate * remaining, device=params.device)
     weight = known.weight[:, : known.count] + 1e-6  # a member's sample may be empty at first
     size, metrics = (FIT_STEPS, args.members, args.reward_batch), {}
     for _ in range(math.ceil(new * args.reward_passes / (FIT_STEPS * args.reward_batch))):
@@ -776,7 +777,7 @@ def check(args: Args) -> None:
         args,
         at_least_1=(
             "num_steps", "num_epochs", "minibatch_size", "hidden", "labels", "clip_length", "drawn", "pool",
-            "ask_every", "members", "reward_hidden", "reward_batch", "reward_passes",
+            "first", "ask_every", "members", "reward_hidden", "reward_batch", "reward_passes",
         ),
         fractions=("gamma", "gae_lambda", "start", "error_model", "mistake", "myopia", "skip", "equal"),
         positive=(
@@ -809,15 +810,19 @@ def check(args: Args) -> None:
         f"--labels {args.labels} need {needed:,} clips of {args.clip_length} steps (--clip-length), and in "
         f"{args.total_steps:,} steps (--total-steps) there are {there:,}",
     )
-    begin, first = max(1, round(args.start * args.labels)), math.comb(args.pool * clips, args.ranked)
+    begin, most = max(1, round(args.start * args.labels)), math.comb(args.first * clips, args.ranked)
     require(
-        begin <= first,
+        begin <= most,
         f"--labels {args.labels}: {begin} of them (--start {args.start:g}) are asked about the clips of the "
-        f"first {args.pool} rollouts (--pool), of which no more than {first:,} comparisons can be made",
+        f"first {args.first} rollouts (--first), of which no more than {most:,} comparisons can be made",
     )
     require(
-        rollouts >= args.pool,
-        f"--pool {args.pool}: so many rollouts of {batch:,} steps are played before the first question, and "
+        args.first <= args.pool,
+        f"--first {args.first} rollouts are played before the first question, but --pool {args.pool} kept",
+    )
+    require(
+        args.first <= rollouts,
+        f"--first {args.first} rollouts of {batch:,} steps are played before the first question, and "
         f"--total-steps {args.total_steps} hold {rollouts}",
     )
     require(args.error_model < 1, "--error-model must be below 1: answers that are all chance teach nothing")
@@ -921,9 +926,9 @@ def learn(args: Args, device: torch.device, envs: VectorEnv, played: str, human:
             raise RunFault(f"{told}; --fixed-horizon plays on until the time limit")
         step, log = run.step + rollout.reward.numel(), {"labels": known.count}
         pool = into_pool(pool, rollout, watched.taken())
-        rollouts = step // rollout.reward.numel() - args.pool  # since the first question
+        rollouts = step // rollout.reward.numel()
         inputs = partial(reward_inputs, envs, obs_stats=obs_stats)
-        if rollouts >= 0 and (known.count < begin or rollouts % args.ask_every == 0):
+        if rollouts >= args.first and (known.count < begin or (rollouts - args.first) % args.ask_every == 0):
             fitted = known.count if known.count >= begin else 0
 
             def returns(clips: Clips, inputs=inputs, model=model) -> Tensor:
@@ -931,10 +936,12 @@ def learn(args: Args, device: torch.device, envs: VectorEnv, played: str, human:
                 return rewards(model, x).unflatten(1, (-1, length)).sum(-1)
 
             due = labels_due(args, run.step)
-            known = ask(due, begin, pool, known, returns if fitted else None, human, args, asking)
+            there = Pool(*(column[-rollouts:] for column in pool))  # it is not full at first
+            known = ask(due, begin, there, known, returns if fitted else None, human, args, asking)
             if known.count >= begin and known.count > fitted:
                 x = inputs(known.obs, known.action)
-                model, log = refit(model, known, known.count - fitted, x, fit_compiled, rewards, args, asking)
+                new = known.count - fitted
+                model, log = refit(model, known, new, x, remaining, fit_compiled, rewards, args, asking)
         log["labels"] = known.count
         if known.count < begin:  # nobody has said yet what is good
             if args.normalize_obs:
