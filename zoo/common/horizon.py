@@ -81,8 +81,9 @@ def fixed_horizon(env_id: str) -> str:
 
 
 def time_limit(env_id: str) -> float:
-    """Steps after which an episode of a registered task is truncated; infinite without a limit."""
-    return gym.spec(env_id).max_episode_steps or np.inf
+    """Steps after which a registered task's episodes are truncated, or infinity. Raises UsageError."""
+    with contextlib.closing(make_single(env_id)) as single:
+        return (single.spec and single.spec.max_episode_steps) or np.inf
 
 
 def early_end(env_id: str, seed: int, steps: int = 200) -> int | None:
