@@ -98,11 +98,10 @@ for cls in (Always, AlwaysOnObs, Ends):
 def small(folder, env, **changes):
     """Arguments of a run that learns a probe in a second or two."""
     sizes = dict(num_envs=8, num_steps=16, minibatch_size=64, total_steps=128 * 12, learning_rate=5e-3)
-    labels = dict(
-        labels=30, clip_length=4, pool=4, first=2, ask_every=2, reward_batch=16, reward_hidden=(16, 16)
-    )
+    labels = dict(labels=30, clip_length=4, pool=4, first=2, ask_every=2)
+    model = dict(reward_batch=16, reward_hidden=(16, 16), reward_learning_rate=5e-3)
     plumbing = dict(compile=False, eval_every=0, eval_episodes=2, env_threads=1, progress=False)
-    given: dict[str, Any] = {**sizes, **labels, **plumbing, "run_dir": str(folder), **changes}
+    given: dict[str, Any] = {**sizes, **labels, **model, **plumbing, "run_dir": str(folder), **changes}
     return Args(env=env, **given)
 
 
@@ -427,7 +426,7 @@ def test_probe_acting(tmp_path, changes):
 
 
 def test_probe_acting_on_the_observation_in_a_box(tmp_path):
-    args = small(tmp_path, "probe/AlwaysOnObs-v0", labels=100, total_steps=128 * 40, log_std=0.0)
+    args = small(tmp_path, "probe/AlwaysOnObs-v0", labels=100, total_steps=128 * 25, log_std=-0.5)
     preferences.train(args)
     assert acts(args, -1.0, 1.0) == pytest.approx([3.0, 5.0], abs=0.5)
 
