@@ -112,6 +112,11 @@ SUITES: dict[str, list[Entry]] = {
         Entry("grpo", "Acrobot-v1", FIVE),
         Entry("grpo", "HalfCheetah-v4", FIVE),
     ],
+    "preferences": [
+        Entry("preferences", "Pendulum-v1", FIVE),
+        Entry("preferences", "HalfCheetah-v4", FIVE),
+        Entry("preferences", "Hopper-v4", THREE, "--fixed-horizon"),
+    ],
 }
 
 # runs share the machine: more threads would only slow each other down

@@ -4,6 +4,7 @@ and each seed thin behind it.
     python scripts/plot.py runs/MY_RUN runs/ANOTHER      a curve for each run, to curves.png
     python scripts/plot.py --env HalfCheetah-v4          every agent on the task, to results/TASK.png
     python scripts/plot.py --env CartPole-v1 --x wall-time
+    python scripts/plot.py runs/MY_RUN --columns predicted_reward eval_return       a panel each
     python scripts/plot.py results/reinforce/CartPole-v1 results/no_baseline/reinforce/CartPole-v1 \\
         --labels "learned V" "no baseline" --out results/no_baseline.png
 
@@ -57,6 +58,8 @@ class Args:
     """what runs along the x axis: environment steps, or the seconds that the run took"""
     until: int | None = None
     """environment steps at which all curves are cut off, in one pair of axes for all budgets"""
+    columns: tuple[str, ...] = ("eval_return",)
+    """columns of the tables to draw, a panel each"""
     results: Path = Path("results")
     """where --env looks, and published.csv is"""
     out: Path | None = None
@@ -93,20 +96,22 @@ def starts(folder: Path) -> dict[str, float]:
         return {f"seed_{row['seed']}.csv": float(row["eval_return"]) for row in csv.DictReader(file)}
 
 
-def load_curves(folder: Path, x: str = "steps") -> tuple[np.ndarray, np.ndarray]:
-    """Steps (K,) and evaluation returns (seeds, K) of a folder, on the steps that all seeds reached.
+def load_curves(folder: Path, x: str = "steps", column: str = "eval_return") -> tuple[np.ndarray, np.ndarray]:
+    """Steps (K,) and evaluation returns, or another column, (seeds, K) of a folder, on the steps that all
+    seeds reached.
 
     Where start.csv knows all seeds, the first point is at 0. x: "wall-time" gives in place of the steps the
     mean over seeds of the seconds until then. Raises UsageError.
     """
     before, seeds = starts(folder), []
     files = files_of(folder)
-    known = all(path.name in before for path in files)
+    known = column == "eval_return" and all(path.name in before for path in files)
+    missing = "evaluations" if column == "eval_return" else f"values of {column} (--columns)"
     for path in files:
         with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row.get("eval_return")]
-        require(bool(rows), f"{path}: has no evaluations")
-        points = [(float(row["step"]), float(row["eval_return"]), float(row.get("wall_time") or "nan"))
+            rows = [row for row in csv.DictReader(file) if row.get(column)]
+        require(bool(rows), f"{path}: has no {missing}")
+        points = [(float(row["step"]), float(row[column]), float(row.get("wall_time") or "nan"))
                   for row in rows]  # fmt: skip
         if known and points[0][0] > 0:
             points.insert(0, (0.0, before[path.name], 0.0))
@@ -224,34 +229,14 @@ def published_for(folders: Sequence[Path], results: Path) -> list[dict[str, str]
     return [best_published(rows, agent_of(f), task([f]), budget(f, 0)) for f in folders]
 
 
-def draw(
-    folders: Sequence[Path], labels: Sequence[str], title: str, out: Path, x: str = "steps",
-    results: Path = Path("results"), until: int | None = None,
-) -> None:  # fmt: skip
-    """Write the picture. Raises UsageError where a folder has no curves or `out` cannot be written.
-
-    until: steps (seconds) at which curves are cut off; what was published for whole budgets is then left out.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-    from matplotlib.ticker import EngFormatter
-
-    curves = []
-    for folder, name in zip(folders, labels, strict=True):
-        xs, returns = load_curves(folder, x)
-        if until is not None:
-            xs, returns = xs[xs <= until], returns[:, xs <= until]
-            require(len(xs) > 0, f"--until {until}: {folder} has no evaluation up to there")
-        curves.append(Curve(name, agent_of(folder), budget(folder, xs[-1]), xs, returns))
-    published = published_for(folders, results) if until is None else []
-    apart = x == "steps" and until is None  # axes of its own for each budget
-    budgets = sorted({curve.budget for curve in curves}) if apart else [0]
-    figure = Figure(figsize=(8.5, 4.6), layout="constrained")
-    all_axes = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
+def draw_curves(
+    all_axes: Sequence[Any], of_budget: Sequence[int], curves: Sequence[Curve],
+    published: Sequence[dict[str, str] | None],
+) -> list[Any]:  # fmt: skip
+    """Draw each curve into the axes of its budget, [0] for all; what the legend is made of."""
     handles: list[Any] = []
     for i, (curve, row) in enumerate(itertools.zip_longest(curves, published)):
-        axes = all_axes[budgets.index(curve.budget) if apart else 0]
+        axes = all_axes[of_budget.index(curve.budget) if len(of_budget) > 1 else 0]
         look: dict[str, Any] = {"color": colour(curve.agent)}
         look["linestyle"] = DASHES[[other.agent for other in curves[:i]].count(curve.agent) % len(DASHES)]
         axes.plot(curve.x, curve.returns.T, linewidth=0.6, alpha=0.35, color=look["color"])
@@ -266,29 +251,69 @@ def draw(
             text = f"{float(row['value']):,.0f} ({row['source']})"
             axes.axhline(float(row["value"]), color=look["color"], linestyle=":", linewidth=1.4, gid=text)
     for axes in all_axes:
-        low, high = axes.get_ylim()
-        lines = [line for line in axes.get_lines() if line.get_gid()]
-        before, x_of_label = -np.inf, LEFT
-        for line in sorted(lines, key=lambda line: line.get_ydata()[0]):
-            value = line.get_ydata()[0]
-            # at the left, where the curves are still below it; beside the one that it would cover
-            x_of_label = x_of_label + 0.2 if value - before < 0.05 * (high - low) else LEFT
-            place = {"transform": axes.get_yaxis_transform(), "ha": "left", "va": "bottom", "fontsize": 8}
-            axes.text(x_of_label, value, line.get_gid(), color=line.get_color(), **place)
-            before = value
+        name_published(axes)
+    return handles
+
+
+def name_published(axes: Any) -> None:
+    """Write the published values at their lines."""
+    low, high = axes.get_ylim()
+    lines = [line for line in axes.get_lines() if line.get_gid()]
+    before, x_of_label = -np.inf, LEFT
+    for line in sorted(lines, key=lambda line: line.get_ydata()[0]):
+        value = line.get_ydata()[0]
+        # at the left, where the curves are still below it; beside the one that it would cover
+        x_of_label = x_of_label + 0.2 if value - before < 0.05 * (high - low) else LEFT
+        place = {"transform": axes.get_yaxis_transform(), "ha": "left", "va": "bottom", "fontsize": 8}
+        axes.text(x_of_label, value, line.get_gid(), color=line.get_color(), **place)
+        before = value
+
+
+def draw(
+    folders: Sequence[Path], labels: Sequence[str], title: str, out: Path, x: str = "steps",
+    results: Path = Path("results"), until: int | None = None, columns: Sequence[str] = ("eval_return",),
+) -> None:  # fmt: skip
+    """Write the picture. Raises UsageError where a folder has no curves or `out` cannot be written.
+
+    until: steps (seconds) at which curves are cut off; what was published for whole budgets is then left out.
+    columns: of the tables, a row of axes each.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import EngFormatter
+
+    rows: list[list[Curve]] = [[] for _ in columns]
+    for column, curves in zip(columns, rows, strict=True):
+        for folder, name in zip(folders, labels, strict=True):
+            xs, values = load_curves(folder, x, column)
+            if until is not None:
+                xs, values = xs[xs <= until], values[:, xs <= until]
+                require(len(xs) > 0, f"--until {until}: {folder} has no evaluation up to there")
+            curves.append(Curve(name, agent_of(folder), budget(folder, xs[-1]), xs, values))
+    published = published_for(folders, results) if until is None else []
+    apart = x == "steps" and until is None  # axes of its own for each budget
+    budgets = sorted({curve.budget for curves in rows for curve in curves}) if apart else [0]
+    figure = Figure(figsize=(8.5, 4.6 if len(columns) == 1 else 3.2 * len(columns)), layout="constrained")
+    grid = figure.subplots(len(columns), len(budgets), sharex="col", sharey="row", squeeze=False)
+    for all_axes, column, curves in zip(grid, columns, rows, strict=True):
+        evaluated = column == "eval_return"
+        handles = draw_curves(all_axes, budgets, curves, published if evaluated else [])
+        told = "return of deterministic evaluations" if evaluated else column.replace("_", " ")
+        all_axes[0].set_ylabel(told if len(columns) == 1 else told.replace(" of ", "\nof "))
     grey = "#555555"
     handles.append(Line2D([], [], color=grey, linewidth=0.6, label="single seeds"))
-    if any(len(curve.returns) > 1 for curve in curves):
+    if any(len(curve.returns) > 1 for curve in rows[0]):
         handles.append(Patch(color=grey, alpha=0.3, linewidth=0, label="95% bootstrap interval of the mean"))
-    if any(published):
+    if any(published) and "eval_return" in columns:
         handles.append(Line2D([], [], color=grey, linestyle=":", label="published, at the same budget"))
-    for axes in all_axes:
+    for axes in grid.flat:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlim(left=0)
-        axes.locator_params(axis="x", nbins=5 if len(all_axes) > 1 else 8)
+        axes.locator_params(axis="x", nbins=5 if len(budgets) > 1 else 8)
         axes.grid(alpha=0.3)
+    for axes in grid[-1]:
         axes.set_xlabel("environment steps" if x == "steps" else "seconds")
-    all_axes[0].set_ylabel("return of deterministic evaluations")
     figure.suptitle(title, fontsize=12)
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     save(figure, out, fingerprint(folders, published))
@@ -311,7 +336,7 @@ def main() -> int:
         require(len(labels) == len(folders), f"--labels: {len(labels)} names for {len(folders)} curves")
         title, default = args.env or task(folders), Path("curves.png")
         out = args.out or (args.results / f"{args.env}.png" if args.env else default)
-        draw(folders, labels, title, out, args.x, args.results, args.until)
+        draw(folders, labels, title, out, args.x, args.results, args.until, args.columns)
         print(f"{out}: {len(folders)} curve{'s' if len(folders) > 1 else ''}")
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -25,6 +25,7 @@ from zoo.common.agent import Agent
 from zoo.common.args import require
 from zoo.common.envs import make_single
 from zoo.common.errors import RunFault, UsageError
+from zoo.common.pictures import draw_quickly, draw_unseen, follow, write_gif
 
 FPS = 25  # about that of a video: of a task of more frames a second some are left out
 
@@ -43,37 +44,6 @@ class Args:
     """seed of the first episode"""
     size: int = 320
     """width and height of the video in pixels, for MuJoCo's tasks (others have a size of their own)"""
-
-
-def follow(env: gym.Env) -> None:
-    """Let the camera of a MuJoCo task keep a body that moves about in the picture, on screen and video.
-
-    Gymnasium's own camera stands still, and what runs is out of the picture after a second.
-    """
-    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
-    if renderer is None:
-        return
-    import mujoco
-
-    model = renderer.model
-    joints = model.jnt_type[model.jnt_bodyid == 1]  # of the first body below the world
-    free = mujoco.mjtJoint.mjJNT_FREE in joints or np.sum(joints == mujoco.mjtJoint.mjJNT_SLIDE) >= 2
-    if free:
-        tracking = {"type": int(mujoco.mjtCamera.mjCAMERA_TRACKING), "trackbodyid": 1}
-        renderer.default_cam_config = {"elevation": -20.0, **(renderer.default_cam_config or {}), **tracking}
-        renderer.camera_id = None  # else each picture would set the camera free again
-
-
-def draw_quickly(env: gym.Env, size: int) -> None:
-    """Set the pictures' size of a MuJoCo task, and leave out what takes most of the time without a GPU."""
-    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
-    if renderer is None:
-        return
-    renderer.width = renderer.height = size
-    model, buffer = renderer.model, renderer.model.vis.global_
-    buffer.offwidth, buffer.offheight = max(buffer.offwidth, size), max(buffer.offheight, size)
-    model.light_castshadow[:] = 0  # shadows and reflections: six sevenths of it
-    model.mat_reflectance[:] = 0
 
 
 class Player:
@@ -112,15 +82,7 @@ def write_video(path: Path, frames: Iterator[np.ndarray], fps: float) -> None:
     unfinished = path.with_name(f".{path.name}")
     try:
         if path.suffix == ".gif":
-            from PIL import Image
-
-            # the octree is the quickest of the ways to choose 256 colours
-            images = (Image.fromarray(frame).quantize(method=Image.Quantize.FASTOCTREE) for frame in frames)
-            first = next(images)
-            hundredths = max(2, round(100 / fps))
-            first.save(
-                unfinished, "gif", save_all=True, append_images=images, duration=10 * hundredths, loop=0
-            )
+            write_gif(unfinished, frames, fps)
         else:
             import imageio.v2 as imageio
 
@@ -153,10 +115,7 @@ def check(args: Args) -> None:
             import imageio_ffmpeg  # noqa: F401
         except ImportError:
             raise UsageError(f"--video {args.video}: an .mp4 needs pip install -e '.[video]'") from None
-    if not shown:
-        # MuJoCo would try to open a window first, and SDL complain that it cannot
-        os.environ.setdefault("MUJOCO_GL", "egl")
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    draw_unseen()
 
 
 def play(args: Args) -> str:

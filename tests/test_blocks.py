@@ -10,7 +10,7 @@ import zoo
 
 ZOO = Path(zoo.__file__).parent
 AGENTS = sorted(path for path in ZOO.glob("*.py") if path.name != "__init__.py")
-OWN = {"Args", "State", "train", "check", "update", "SETTINGS"}  # these differ by design
+OWN = {"Args", "State", "train", "check", "check_task", "update", "SETTINGS"}  # these differ by design
 OWN_OF = {  # what a policy is made of: without a critic, and in SAC without statistics; DPPO's denoises
     "grpo.py": {"policy_at", "make_policy"},
     "sac.py": {"acting", "policy_at", "make_policy"},

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.func import grad
 
-from zoo import actor_critic, ppo, reinforce, trpo
+from zoo import actor_critic, grpo, ppo, reinforce, trpo
 
-AGENTS = [actor_critic, ppo, reinforce, trpo]
+AGENTS = [actor_critic, grpo, ppo, reinforce, trpo]
 SMALL = {
     "num_envs": 32,
     "total_steps": 8192,
@@ -79,6 +79,7 @@ def test_the_loss_draws_the_mean_back(agent):
 OFTEN = {  # many small updates
     actor_critic: {"num_steps": 2, "learning_rate": 3e-2},
     ppo: {"num_steps": 8, "num_epochs": 2, "learning_rate": 3e-3, "scale_rewards": False},
+    grpo: {"learning_rate": 1e-2},
     reinforce: {"baseline": "mean"},
     trpo: {"num_steps": 2, "critic_epochs": 1, "minibatch_size": 64},
 }
@@ -87,13 +88,16 @@ OFTEN = {  # many small updates
 @pytest.mark.parametrize("coef", [1.0, 0.0])
 @pytest.mark.parametrize("agent", AGENTS)
 def test_a_policy_that_left_the_bounds_comes_back(agent, coef, tmp_path, monkeypatch):
-    class Outside(agent.ActorCritic):
+    network = "PolicyNetwork" if agent is grpo else "ActorCritic"
+
+    class Outside(getattr(agent, network)):
         def __init__(self, *args):
             super().__init__(*args)
             torch.nn.init.constant_(self.policy_head.bias, 1.2)
-            torch.nn.init.constant_(self.value_head.bias, -9.0)  # right: no noise from a critic that learns
+            if agent is not grpo:  # right from the start: no noise from a critic that learns
+                torch.nn.init.constant_(self.value_head.bias, -9.0)
 
-    monkeypatch.setattr(agent, "ActorCritic", Outside)
+    monkeypatch.setattr(agent, network, Outside)
     given = {"env": "probe/ActBox-v0", "run_dir": str(tmp_path / "run"), "log_std": -3.0, "bound_coef": coef}
     final = agent.train(agent.Args(**SMALL | OFTEN[agent] | given))
     # the action 3 is best, 6 is the bound: four standard deviations away, no sample has ever been inside
@@ -110,8 +114,9 @@ def test_without_bounds_there_is_none_to_leave(agent, env, used, tmp_path):
         args.minibatch_size = 32
     if "num_steps" in vars(args):
         args.num_steps = 2
+    if agent is grpo:
+        args.ungrouped = True  # the first task draws its observations as it likes
     agent.train(args)
     assert args.bound_coef == used
-    assert (
-        json.loads((tmp_path / "run" / "args.json").read_text())["args"]["bound_coef"] == 1
-    )  # as it was asked for
+    told = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert told["args"]["bound_coef"] == 1  # as it was asked for

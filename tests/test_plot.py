@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import plot
 import pytest
+from PIL import Image
 
 from zoo.common.errors import UsageError
 
@@ -188,3 +189,20 @@ def test_an_end_before_the_first_evaluation_is_refused(tmp_path, command):
     made(tmp_path, "ppo", 200)
     status, lines = command("--env", "Task-v0", "--results", tmp_path, "--until", 50)
     assert status == 2 and "--until 50" in lines[0] and len(lines) == 1
+
+
+def test_other_columns_have_panels_of_their_own(tmp_path, command):
+    for run, factor in (("first", 1), ("second", 2)):
+        (tmp_path / run).mkdir()
+        rows = "\n".join(f"{step},{factor * step},{5.0 if step == 200 else ''}" for step in (100, 200, 300))
+        (tmp_path / run / "progress.csv").write_text(f"step,loss,eval_return\n{rows}\n")
+    folders = [tmp_path / "first", tmp_path / "second"]
+    steps, loss = plot.load_curves(folders[1], column="loss")
+    assert steps.tolist() == [100, 200, 300] and loss.tolist() == [[200, 400, 600]]
+    sizes = []
+    for columns in (["eval_return"], ["loss", "eval_return"]):
+        assert command(*folders, "--columns", *columns, "--out", tmp_path / "picture.png") == (0, [])
+        sizes.append(Image.open(tmp_path / "picture.png").size)
+    assert sizes[1][1] > 1.2 * sizes[0][1]
+    status, lines = command(*folders, "--columns", "los", "--out", tmp_path / "picture.png")
+    assert status == 2 and "no values of los (--columns)" in lines[0]

@@ -24,6 +24,7 @@ ELSEWHERE = {
 # What makes it short; a later argument wins.
 SHORTER = {
     "zoo": ["--total-steps", "2048", "--no-compile", "--eval-episodes", "1", "--env-threads", "1"],
+    "zoo/preferences.py": ["--total-steps", "8192", "--labels", "20", "--num-epochs", "1"],  # after zoo's
     "scripts/evaluate.py": ["--episodes", "1"],
     "scripts/watch.py": ["--seconds", "0.2", "--size", "32"],
     "scripts/plot.py": ["--out", "picture.png"],
@@ -61,7 +62,7 @@ def run(command, folder, monkeypatch):
             words[i] = str(trained[0])
     if script == "scripts/watch.py" and "--video" not in words:
         words += ["--video", "watched.gif"]  # there may be no display
-    more = SHORTER.get("zoo" if script.startswith("zoo/") else script, [])
+    more = (SHORTER["zoo"] if script.startswith("zoo/") else []) + SHORTER.get(script, [])
     monkeypatch.setattr(sys, "argv", words + more)
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")

@@ -7,13 +7,26 @@ import sys
 import gymnasium as gym
 import pytest
 
-from zoo import actor_critic, ddpo, diffusion_dpo, dpo, grpo, grpo_tokens, ppo, reinforce, rlhf, sac, trpo
+from zoo import (
+    actor_critic,
+    ddpo,
+    diffusion_dpo,
+    dpo,
+    grpo,
+    grpo_tokens,
+    ppo,
+    preferences,
+    reinforce,
+    rlhf,
+    sac,
+    trpo,
+)  # fmt: skip
 from zoo.common.args import flag, settings, settings_for
 from zoo.common.cli import parse
 from zoo.common.envs import make_single
 from zoo.common.errors import UsageError
 
-AGENTS = [actor_critic, grpo, ppo, reinforce, sac, trpo]
+AGENTS = [actor_critic, grpo, ppo, preferences, reinforce, sac, trpo]
 
 
 def from_command_line(agent, *argv):

@@ -73,6 +73,7 @@ class Args(RunArgs):
     kl_in: Literal["reward", "loss"] = "reward"  # where it stands
     kl_correction: bool = False  # in the loss: weigh it by the ratio, for the samples are the old policy's
     reference: str | None = None  # folder of a finished run: its policy is the start and the reference
+    bound_coef: float = 1.0  # weight of a penalty on means outside the bounds in all states of a batch
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
     log_std: float = -0.5  # a Gaussian policy's initial log standard deviation, in half action ranges
@@ -267,6 +268,18 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tens
     return torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
+def outside(dist: Gaussian | Categorical) -> Tensor:
+    """How far means lie outside [-1, 1], squared, () summed over the dimensions where all of a batch's do.
+
+    There every sample is clipped to much the same action in every state, so that no reward tells the policy
+    to come back. Where some states are inside, the others may well want their bound, and nothing is added.
+    """
+    if isinstance(dist, Categorical):
+        return dist.logits.new_zeros(())
+    beyond = dist.mean.abs() - 1
+    return ((beyond > 0).all(0) * beyond**2).sum(-1).mean()
+
+
 def group_loss(
     params: Tensor, steps: Steps, forward: Callable, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -279,13 +292,14 @@ def group_loss(
     metrics = {"policy_loss": pg_loss, "entropy": masked_mean(dist.entropy(), real)}
     metrics["approx_kl"] = masked_mean(torch.expm1(log_ratio) - log_ratio, real)  # to the policy that acted
     metrics["clipfrac"] = masked_mean((torch.expm1(log_ratio).abs() > args.clip).float(), real)
+    loss = pg_loss + args.bound_coef * outside(dist)
     if args.kl_in == "reward" or args.beta == 0:
-        return pg_loss, metrics
+        return loss, metrics
     estimate = kl_estimate(steps.ref_log_prob - log_prob, args.kl)
     if args.kl_correction:
         estimate = log_ratio.exp() * estimate
     metrics["kl_loss"] = masked_mean(steps.weight * estimate, real)
-    return pg_loss + args.beta * metrics["kl_loss"], metrics
+    return loss + args.beta * metrics["kl_loss"], metrics
 
 
 # --- the update ---------------------------------------------------------------------------------------------
@@ -415,7 +429,7 @@ def check(args: Args) -> None:
         at_least_1=("group_size", "num_epochs", "minibatch_size", "hidden"),
         fractions=("gamma",),
         positive=("learning_rate", "clip", "max_grad_norm"),
-        finite=("log_std",),
+        finite=("bound_coef", "log_std"),
     )
     require(
         args.group_size > 1, "--group-size 1: an episode that is its own group has advantage 0; at least 2"
@@ -476,6 +490,8 @@ def train(args: Args) -> float:
         params, obs_stats = start_from(args.reference, params, obs_stats, args.env)
     compiled = compile_function(partial(update, forward=forward, args=args), device, args.compile)
     run = Run(args, "grpo", Evaluation(args, make_policy), engine=envs.engine)
+    if envs.discrete or not envs.bounded.all():
+        args.bound_coef = 0.0  # no bounds that a mean could leave
     generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "noise"))
     state = run.restore(State(params, new_adam(params), obs_stats, params, obs_stats, generator))
     together = 1 if args.ungrouped else args.group_size

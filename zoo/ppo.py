@@ -73,9 +73,7 @@ class Args(RunArgs):
     value_clip: float | None = None  # keep V within this of its old value in the loss
     value_coef: float = 0.25  # weight of the value loss, c1
     entropy_coef: float = 0.0  # weight of the entropy bonus, c2
-    bound_coef: float = (
-        1.0  # weight of a penalty on means outside the action bounds in all of a batch's states
-    )
+    bound_coef: float = 1.0  # weight of a penalty on means outside the bounds in all states of a batch
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
     shared_network: bool = False  # one trunk for policy and value instead of two

@@ -68,9 +68,7 @@ class Args(RunArgs):
     value_learning_rate: float = 1e-3  # Adam's, for V
     value_epochs: int = 10  # passes over a batch to fit V
     minibatch_size: int = 512  # rows of a step of V's, and of the pieces of the policy's gradient
-    bound_coef: float = (
-        1.0  # weight of a penalty on means outside the action bounds in all of a batch's states
-    )
+    bound_coef: float = 1.0  # weight of a penalty on means outside the bounds in all states of a batch
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
     shared_network: bool = False  # one trunk for policy and value instead of two
     log_std: float = -0.5  # a Gaussian policy's initial log standard deviation, in half action ranges

@@ -73,9 +73,7 @@ class Args(RunArgs):
     learning_rate: float = 1e-3  # the critic's, Adam's
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # GAE's lambda: 0 trusts the critic (one-step TD), 1 the rewards (Monte Carlo)
-    bound_coef: float = (
-        1.0  # weight of a penalty on means outside the action bounds in all of a batch's states
-    )
+    bound_coef: float = 1.0  # weight of a penalty on means outside the bounds in all states of a batch
     normalize_advantages: bool = True  # mean 0 and standard deviation 1 in each batch
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
     # initial log standard deviation of a Gaussian policy, in units of half the action range

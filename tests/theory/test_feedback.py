@@ -11,6 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from zoo import rlhf
 from zoo.common.kl import k1, k3
+from zoo.preferences import ranking_log_prob
 from zoo.rlhf import kl_estimate, ranking_loss, supervised_loss, token_rewards
 
 REWARD = torch.tensor([0.3, -1.2, 0.9, 0.0], dtype=F64)  # of four responses to a prompt
@@ -61,6 +62,19 @@ def test_35_rankings_have_the_rewards_as_their_optimum_too():
         chance = torch.stack([weight[one] / rest for one, rest in zip(order, left, strict=True)]).prod()
         total = total + chance * grad(lambda s, order=order: ranking_loss(s[list(order)][None])[0])(reward)
     close(total, torch.zeros(3, dtype=F64))
+
+
+def test_35_a_ranking_scored_as_a_whole():
+    """Plackett and Luce's own loss: of two clips the pairwise one, and its optimum is the reward as well; but
+    of three it is another loss than the mean over pairs."""
+    close(-ranking_log_prob(REWARD[:2]), ranking_loss(REWARD[None, :2])[0])
+    reward, total, weight = REWARD[:3], torch.zeros(3, dtype=F64), REWARD[:3].exp()
+    for order in itertools.permutations(range(3)):
+        left = [weight[list(order[i:])].sum() for i in range(3)]
+        chance = torch.stack([weight[one] / rest for one, rest in zip(order, left, strict=True)]).prod()
+        total = total - chance * grad(lambda s, order=order: ranking_log_prob(s[list(order)]))(reward)
+    close(total, torch.zeros(3, dtype=F64))
+    assert abs(-ranking_log_prob(reward) - 3 * ranking_loss(reward[None])[0]) > 0.05
 
 
 def test_36_the_tokens_rewards_sum_to_the_responses():
