@@ -15,6 +15,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 torch.set_num_threads(1)
 probes.register()
 
+# in the names of the tests that take longest
+LONG = ("compiled", "cartpole", "pendulum_is", "the_tour", "the_whole_script", "kept_and_not_made_again")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first: none is left for one worker at the end, when the others are done, and most of what
+    compiles does so in one process, which loads the compiler once."""
+    items.sort(key=lambda item: not any(part in item.name for part in LONG))
+
 
 @pytest.fixture
 def no_fallback(monkeypatch):

@@ -549,7 +549,7 @@ def test_probe_time_limit_is_no_end_of_the_world(tmp_path, advantage):
     """Reward 1 for ever, cut every 5 steps: V = 1 / (1 - 0.9), where a truncation taken for a termination
     makes at most 4.1."""
     value, _ = learnt(
-        small(tmp_path, "probe/Endless-v0", advantage=advantage, learning_rate=0.03, total_steps=80 * 250)
+        small(tmp_path, "probe/Endless-v0", advantage=advantage, learning_rate=0.05, total_steps=80 * 120)
     )
     assert value(0) == pytest.approx([10.0], abs=0.7)
 
@@ -562,7 +562,7 @@ def test_probe_time_limit_is_no_end_of_the_world(tmp_path, advantage):
     ids=lambda changes: ",".join(changes) or "defaults",
 )  # fmt: skip
 def test_probe_acting_on_the_observation(tmp_path, changes):
-    _, act = learnt(small(tmp_path, "probe/ActOnObs-v0", **changes))
+    _, act = learnt(small(tmp_path, "probe/ActOnObs-v0", total_steps=80 * 50, **changes))
     assert act(-1, 1) == [0, 1]
 
 

@@ -306,8 +306,8 @@ def test_neither_update_moves_the_other_ones_parameters(discrete):
 QUICK = dict(total_steps=512, num_envs=4, num_steps=32, minibatch_size=64, hidden=(16,), eval_every=0,
              eval_episodes=2, compile=False, progress=False)  # fmt: skip
 PROBE = dict(total_steps=5120, learning_rate=5e-3, delta=0.05)
-CARTPOLE = dict(total_steps=24_576, num_envs=16, num_steps=64, minibatch_size=256, gae_lambda=0.98,
-                damping=1e-3, delta=0.04, eval_episodes=10, hidden=(64, 64))  # fmt: skip
+CARTPOLE = dict(total_steps=40_960, num_envs=16, num_steps=64, minibatch_size=256, gae_lambda=0.98,
+                damping=1e-3, delta=0.02, eval_episodes=10, hidden=(64, 64))  # fmt: skip
 
 
 def run(folder, env, resume=None, **changes):
