@@ -7,7 +7,8 @@
 
 Both train for 100,000 steps and are then evaluated without noise, on the same 50 episodes. The other side has
 its defaults but for 8 environments of 256 steps instead of one of 2048, which is faster and makes the same
-batch. A row a run; goes on where it was stopped.
+batch. The side `known` is no agent: a controller made from the task's equations, or the most that its rewards
+allow. A row a run; goes on where it was stopped.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import os
 import shlex
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +59,57 @@ def run_sb3(env_id: str, seed: int) -> tuple[float, float]:
     torch.set_num_threads(1)
     model = PPO("MlpPolicy", make_vec_env(env_id, 8, seed=seed), n_steps=256, device="cpu", seed=seed)
     model.learn(STEPS)
-    envs = make_envs(env_id, EPISODES)
     space: Any = model.action_space
-    low, high = (0, 0) if envs.discrete else (space.low, space.high)
 
     def policy(obs: np.ndarray) -> np.ndarray:
         actions = model.predict(obs.astype(np.float32), deterministic=True)[0]
+        if not hasattr(space, "low"):
+            return actions
         # `envs` take actions in [-1, 1], the model has learnt the task's own
-        return actions if envs.discrete else 2 * (actions - low) / (high - low) - 1
+        return 2 * (actions - space.low) / (space.high - space.low) - 1
 
-    returns, _ = evaluate(policy, envs, EPISODES, seed)
-    envs.close()
+    with make_envs(env_id, EPISODES) as envs:
+        returns, _ = evaluate(policy, envs, EPISODES, seed)
     return float(returns.mean()), float(returns.std())
+
+
+@cache
+def regulator() -> np.ndarray:
+    """The gain (1, 2) of Integrator's linear-quadratic regulator, by the Riccati recursion."""
+    a, b = np.array([[1.0, 0.1], [0.0, 1.0]]), np.array([[0.0], [0.1]])
+    p = np.eye(2)
+    for _ in range(1000):
+        gain = np.linalg.solve(0.1 + b.T @ p @ b, b.T @ p @ a)
+        p = np.eye(2) + a.T @ p @ (a - b @ gain)
+    return gain
+
+
+def integrator_controller(obs: np.ndarray) -> np.ndarray:
+    """The best linear force, were it not bounded."""
+    return -obs @ regulator().T
+
+
+def heating_controller(obs: np.ndarray) -> np.ndarray:
+    """The power that brings the room to the temperature wished for in one step, or as near as it can."""
+    room, wish, outside = obs.T
+    power = np.clip((wish - room - 0.05 * (outside - room)) / 4.0, 0.0, 1.0)
+    return 2 * power[:, None] - 1  # in the policy's scale
+
+
+CONTROLLERS = {"Integrator": integrator_controller, "Heating": heating_controller}
+
+
+def run_known(env_id: str, seed: int) -> tuple[float, float]:
+    """The same of a controller that knows the task; where there is none, all that the rewards allow."""
+    task = env_id.removeprefix("own_tasks:").removesuffix("-v0")
+    if task not in CONTROLLERS:
+        return {"Wind": 500.0, "Maze": 1.0, "Target": 0.01}[task], 0.0
+    with make_envs(env_id, EPISODES) as envs:
+        returns, _ = evaluate(CONTROLLERS[task], envs, EPISODES, seed)
+    return float(returns.mean()), float(returns.std())
+
+
+OTHERS = {"sb3": run_sb3, "known": run_known}
 
 
 def read() -> list[dict[str, str]]:
@@ -84,7 +125,10 @@ def measure(task: str, side: str, seed: int, arguments: str) -> None:
     if any((row["task"], row["side"], row["seed"]) == (task, side, str(seed)) for row in read()):
         return
     env_id, start = f"own_tasks:{task}-v0", time.perf_counter()
-    mean, std = run_sb3(env_id, seed) if side == "sb3" else run_zoo(env_id, seed, arguments)
+    if side in OTHERS:
+        mean, std = OTHERS[side](env_id, seed)
+    else:
+        mean, std = run_zoo(env_id, seed, arguments)
     seconds = f"{time.perf_counter() - start:.0f}"
     new = not RESULTS.exists()
     with open(RESULTS, "a", newline="") as file:
@@ -108,9 +152,9 @@ def report() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--side", nargs="+", choices=["zoo", "sb3"], default=["zoo", "sb3"])
+    parser.add_argument("--side", nargs="+", choices=["zoo", *OTHERS], default=["zoo", *OTHERS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    parser.add_argument("--trial", nargs=2, metavar=("NAME", "ARGUMENTS"), help="instead of the two sides")
+    parser.add_argument("--trial", nargs=2, metavar=("NAME", "ARGUMENTS"), help="instead of the sides")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the table")
     parser.add_argument("--report", action="store_true", help="print the table, run nothing")
     args = parser.parse_args()

@@ -7,6 +7,9 @@ import own_tasks_ppo
 import pytest
 from gymnasium.utils.env_checker import check_env
 
+from zoo.common.envs import make_envs
+from zoo.common.evaluate import evaluate
+
 
 @pytest.mark.parametrize("name", own_tasks.LENGTHS)
 def test_a_task_is_as_gymnasium_wants_it(name):
@@ -63,7 +66,7 @@ def test_the_measurement_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
         return 1.0, 0.0
 
     monkeypatch.setattr(own_tasks_ppo, "run_zoo", zoo)
-    monkeypatch.setattr(own_tasks_ppo, "run_sb3", sb3)
+    monkeypatch.setitem(own_tasks_ppo.OTHERS, "sb3", sb3)
 
     def main(*arguments):
         calls.clear()
@@ -74,7 +77,7 @@ def test_the_measurement_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
 
     main("--tasks", "Maze", "--side", "zoo", "--seeds", "1", "3")
     assert calls == [("zoo", "own_tasks:Maze-v0", 1, ""), ("zoo", "own_tasks:Maze-v0", 3, "")]
-    told = main("--tasks", "Maze", "--seeds", "1", "3")
+    told = main("--tasks", "Maze", "--seeds", "1", "3", "--side", "zoo", "sb3")
     assert calls == [("sb3", "own_tasks:Maze-v0", 1), ("sb3", "own_tasks:Maze-v0", 3)]
     assert told[-2:] == [
         ["Maze", "sb3", "1", "±", "0", "1", "1"], ["Maze", "zoo", "20", "±", "10", "10", "30"]
@@ -89,3 +92,13 @@ def test_a_short_run_of_the_zoos_side(monkeypatch):
     monkeypatch.setattr(own_tasks_ppo, "EPISODES", 2)
     mean, std = own_tasks_ppo.run_zoo("own_tasks:Integrator-v0", 1, "--no-compile --num-epochs 1")
     assert mean < 0 <= std
+
+
+@pytest.mark.parametrize("task", own_tasks_ppo.CONTROLLERS)
+@pytest.mark.parametrize("change", [0.8, 1.25])
+def test_a_controller_that_knows_the_task_is_worse_when_it_acts_otherwise(task, change):
+    env_id, controller = f"own_tasks:{task}-v0", own_tasks_ppo.CONTROLLERS[task]
+    known, _ = own_tasks_ppo.run_known(env_id, 1)
+    with make_envs(env_id, 50) as envs:
+        changed, _ = evaluate(lambda obs: change * controller(obs), envs, 50, 1)
+    assert changed.mean() < known
