@@ -86,7 +86,7 @@ class Args(RunArgs):
 SETTINGS: dict[str, dict] = {
     "Count": dict(
         supervised_steps=0, eval_every=0, reference_scale=2.0, dim=32, learning_rate=8e-3, beta=0.5,
-        # below the first gradients' norm: else Adam remembers how large they were, and steps are small for long
+        # below the first gradients' norm: Adam would remember how large they were, and take small steps
         max_grad_norm=0.05,
     ),
     "Add": dict(supervised_steps=200, total_steps=102_400),
