@@ -304,7 +304,8 @@ def ranking_loss(score: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """
     better, worse = torch.triu_indices(score.shape[1], score.shape[1], 1, device=score.device)
     difference = score[:, better] - score[:, worse]
-    return -logsigmoid(difference).mean(), {"accuracy": (difference > 0).float().mean()}
+    # a tie is a guess: half right
+    return -logsigmoid(difference).mean(), {"accuracy": (difference.sign() / 2 + 0.5).mean()}
 
 
 def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
