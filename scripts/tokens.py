@@ -148,7 +148,9 @@ def measure(table: str, method: str, seed: int, results: Path, runs: Path) -> No
         argv += ["--stage", "ppo", "--earlier", str(earlier)]
         for stage in ("supervised", "reward"):
             if table != "count" and (earlier / stage).exists():
-                values |= {f"{stage}_{key}": value for key, value in last_values(earlier / stage).items()}
+                known = last_values(earlier / stage)
+                known.pop("kl", None)  # to a network that has learned nothing
+                values |= {f"{stage}_{key}": value for key, value in known.items()}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
         clock, processor = time.perf_counter(), time.process_time()

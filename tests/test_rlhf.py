@@ -173,6 +173,8 @@ def test_ranking_loss_by_hand():
     loss, metrics = rlhf.ranking_loss(pair)
     torch.testing.assert_close(loss, -logsigmoid(torch.tensor([1.0, -2.0])).mean())
     assert metrics["accuracy"] == 0.5
+    tied = torch.tensor([[1.5, 0.5], [2.0, 2.0]])
+    assert rlhf.ranking_loss(tied)[1]["accuracy"] == 0.75  # a tie is half right
     three = torch.tensor([[2.0, 1.0, -1.0]])
     torch.testing.assert_close(rlhf.ranking_loss(three)[0], -logsigmoid(torch.tensor([1.0, 3.0, 2.0])).mean())
 

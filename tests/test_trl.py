@@ -1,7 +1,12 @@
-"""The losses of tokens against trl's, values and gradients, as scripts/record_trl.py recorded them."""
+"""The losses of tokens against trl's, values and gradients, as scripts/record_trl.py recorded them; and
+scripts/speed_trl.py.
+"""
 
+import importlib
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,3 +64,46 @@ def test_dpo(loss_type):
 
 def test_reward_model():
     compare(lambda score: ranking_loss(torch.stack(score.chunk(2), 1))[0], INPUTS["score"], "reward")
+
+
+@pytest.fixture
+def speed_trl(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    return importlib.import_module("speed_trl")
+
+
+def test_speed_leaves_the_first_steps_out(speed_trl):
+    """Steps of 9 and 5 seconds do not count, those of 1, 3 and 2 do."""
+    assert speed_trl.median_step([9.0, 14.0, 15.0, 18.0, 20.0]) == 2.0
+
+
+def test_speed_compares_the_same_steps_in_turns(speed_trl, monkeypatch, capsys):
+    """A tiny run of the zoo's side; what stands for trl takes as long as is said here."""
+    called = []
+    monkeypatch.setattr(speed_trl, "BATCH", 16)
+    monkeypatch.setattr(speed_trl, "theirs", lambda *of: called.append(of) or 1e3)
+    monkeypatch.setattr(speed_trl.subprocess, "run", faked(speed_trl.subprocess.run))
+    monkeypatch.setattr(sys, "argv", ["speed_trl.py", "--steps", "4", "--pairs", "1", "--trl", "some/python"])
+    assert speed_trl.main() == 0
+    assert (
+        called == [("some/python", 4, 1)] and "trl 1000000 ms a step, ratio 0.00" in capsys.readouterr().out
+    )
+
+
+def faked(run):
+    """subprocess.run, but for the question whether trl is there."""
+    return lambda command, **of: SimpleNamespace(returncode=0) if "-c" in command else run(command, **of)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--trl", "no/python"], "--trl no/python: No such file"),
+        (["--steps", "3"], "--steps 3 --pairs 3: at least 4 steps"),
+    ],
+)
+def test_speed_refuses_in_one_line(argv, words, speed_trl, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["speed_trl.py", *argv])
+    assert speed_trl.main() == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {words}") and errors.count("\n") == 1

@@ -48,7 +48,7 @@ class Args(RunArgs):
 
     env: str = "Sort"  # the task: Count, Sort or Add
     digits: int | None = None  # of Sort's and Add's numbers; None: 8 and 3
-    total_steps: int = 40_960  # responses
+    total_steps: int = 51_200  # responses
     eval_every: int = 10_000  # responses between evaluations; 0: at the end only
     eval_episodes: int = 1000  # responses of an evaluation
     dim: int = 64  # width of the GPT
@@ -62,7 +62,7 @@ class Args(RunArgs):
     group_size: int = 8  # responses to one prompt, G
     num_epochs: int = 4  # passes over a batch
     num_minibatches: int = 2  # gradient steps in a pass
-    learning_rate: float = 2e-3  # Adam's
+    learning_rate: float = 1e-3  # Adam's
     anneal: bool = True  # let it fall linearly to 0 over the run
     level: Literal["response", "process"] = "response"  # whole responses are rewarded, or each step
     std: bool = False  # divide advantages by the group's standard deviation
@@ -86,8 +86,9 @@ class Args(RunArgs):
 # What differs by task; a flag wins over it.
 SETTINGS: dict[str, dict] = {
     "Count": dict(
-        supervised_steps=0, total_steps=51_200, eval_every=0, reference_scale=2.0, dim=32, batch_size=512,
-        learning_rate=4e-3, beta=0.5,
+        supervised_steps=0, eval_every=0, reference_scale=2.0, dim=32, learning_rate=8e-3, beta=0.5,
+        # below the first gradients' norm: Adam would remember how large they were, and take small steps
+        max_grad_norm=0.05,
     ),
     "Add": dict(supervised_steps=200, total_steps=102_400),
 }  # fmt: skip
