@@ -360,7 +360,7 @@ def test_same_seed_same_table_and_a_resumed_run_goes_on_as_if_nothing_had_been(t
     """Every batch begins new episodes from seeds of its own, so that a resumed run equals one never
     stopped."""
     changes = dict(
-        num_envs=4, group_size=2, total_steps=3000 if env == "Pendulum-v1" else 400, normalize_obs=True,
+        num_envs=4, group_size=2, total_steps=2400 if env == "Pendulum-v1" else 400, normalize_obs=True,
         checkpoint_every=1e-9, num_epochs=2, beta=0.1,
     )  # fmt: skip
     tables = {}
@@ -369,7 +369,7 @@ def test_same_seed_same_table_and_a_resumed_run_goes_on_as_if_nothing_had_been(t
         np.random.seed(len(tables))  # noqa: NPY002
         grpo.train(small(tmp_path / name, env, seed=seed, **changes))
         tables[name] = rows(tmp_path / name)
-    assert tables["one"] == tables["two"] != tables["other"] and len(tables["one"]) >= 4
+    assert tables["one"] == tables["two"] != tables["other"] and len(tables["one"]) >= 3
     collect, calls = grpo.collect_episodes, []
 
     def collect_twice(*args):
@@ -388,9 +388,9 @@ def test_same_seed_same_table_and_a_resumed_run_goes_on_as_if_nothing_had_been(t
 
 
 def test_cartpole_is_learnt(tmp_path):
-    """The task's own settings, for a fifth of its steps; a policy that has learnt nothing falls after 20."""
+    """The task's own settings, for an eighth of its steps; a policy that has learnt nothing falls after 20."""
     args = Args.for_env(
-        "CartPole-v1", total_steps=40_000, compile=False, eval_every=0, progress=False, run_dir=str(tmp_path)
+        "CartPole-v1", total_steps=25_000, compile=False, eval_every=0, progress=False, run_dir=str(tmp_path)
     )
     assert grpo.train(args) >= 450
 
