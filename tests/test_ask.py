@@ -150,6 +150,36 @@ def test_mujocos_state_is_recorded_alike_by_both_engines():
     assert states[0].shape == (2, 18)
 
 
+# in a process of its own, for MuJoCo chooses how it draws when it is imported
+DRAW = """
+import io, sys
+import numpy as np
+from PIL import Image, ImageSequence
+from zoo.common.pictures import draw_unseen
+draw_unseen()
+try:
+    from mujoco.egl import GLContext
+    GLContext(8, 8).free()
+except Exception as error:
+    sys.exit(f"no EGL here: {error}")
+from zoo.common.ask import Painter
+painter, states = Painter("HalfCheetah-v4"), np.zeros((3, 18))
+states[1, 2] = 1.5  # on its feet, on its nose, on its feet
+video = Image.open(io.BytesIO(painter.gif(states)))
+frames = [np.array(frame.convert("RGB"), int) for frame in ImageSequence.Iterator(video)]
+print([int((np.abs(frames[0] - frame).sum(-1) > 60).sum()) for frame in frames + frames[:1]][1:])
+"""
+
+
+def test_mujocos_tasks_are_drawn_without_a_display():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MUJOCO_GL": "egl"}
+    done = subprocess.run([sys.executable, "-c", DRAW], env=environment, capture_output=True, text=True)
+    if "no EGL here" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    nose, *feet = json.loads(done.stdout)
+    assert nose > 500 and max(feet) < 50
+
+
 def test_nothing_is_recorded_for_nobody():
     with make_envs("Pendulum-v1", 2) as envs:
         recorder = Recorder(envs, False)

@@ -553,10 +553,11 @@ def test_nothing_is_learned_before_the_first_answers(tmp_path):
 
 
 def test_a_skipping_teacher_is_asked_until_it_has_answered(tmp_path):
-    args = small(tmp_path, "probe/AlwaysOnObs-v0", total_steps=128 * 12, labels=60, skip=1.0)
+    args = small(tmp_path, "probe/AlwaysOnObs-v0", total_steps=128 * 12, labels=60, skip=1.0, equal=0.3)
     preferences.train(args)
-    table = rows(tmp_path)
-    assert int(table[-1]["labels"]) > 30
+    assert int(rows(tmp_path)[-1]["labels"]) > 30
+    known = state_of(tmp_path)["known"]
+    assert set(known["first"][: known["count"]].tolist()) == {0.5, 1.0}
 
 
 # --- fixed horizons -----------------------------------------------------------------------------------------
