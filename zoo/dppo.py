@@ -19,7 +19,7 @@ The critic sees s alone. An early step of the chain has less to do with what the
 weighs it less. sigma_k is kept from falling below --min-std: exploration. Evaluations play the chain without
 noise, and of its chunk the first action.
 
-    python zoo/dppo.py --data results/dppo/Pendulum-v1                    from a clone at -900 to -170
+    python zoo/dppo.py --data results/dppo/Pendulum-v1                    a clone of a poor agent, improved
     python zoo/dppo.py --data results/dppo/Pendulum-v1 --policy gaussian  the same of one step
 """
 
