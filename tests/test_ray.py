@@ -23,9 +23,12 @@ def cluster():
     pytest.importorskip("ray", reason="pip install -e '.[ray]'")
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    yield made
-    made.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        # on a busy machine a worker takes longer to start than Ray waits for it
+        patch.setenv("RAY_worker_register_timeout_seconds", "600")
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        yield made
+        made.shutdown()
 
 
 @pytest.fixture
@@ -83,9 +86,9 @@ def test_a_failed_run_is_told_and_the_others_are_made(cluster, bench, monkeypatc
     script = bench.results.parents[2] / "agents" / "stub.py"
     fails = 'os.environ.get("STUB_FAIL") == str(args.seed)'
     script.write_text(script.read_text().replace(fails, "args.seed == 2"))
-    assert bench("--ray", cluster.address) == 1
+    assert bench("--ray", cluster.address, seeds="2,3") == 1
     assert "stub CartPole-v1 seed 2: exit status 1: error: the loss became nan" in capsys.readouterr().err
-    assert sorted(bench.meta()["seeds"]) == ["1", "3"]
+    assert sorted(bench.meta()["seeds"]) == ["3"]
 
 
 def test_an_address_without_a_cluster_is_one_line(bench, capsys):  # noqa: F811
