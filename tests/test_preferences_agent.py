@@ -280,7 +280,7 @@ def test_answers_are_appended_and_what_is_too_many_is_left_out():
     known = Comparisons(torch.zeros(5, 2, 3, 1), torch.zeros(5, 2, 3), torch.zeros(5), torch.zeros(400, 5), 0)
     obs = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 2, 3, 1) + 1
     once = add_answers(known, obs, obs[..., 0], torch.tensor([1.0, 0.5, 1.0, 0.0]), generator())
-    assert once.count == 4 and known.count == 0 and not known.obs.any()  # the old ones are as they were
+    assert once.answered == 4 and known.answered == 0 and not known.obs.any()  # the old ones are as they were
     assert once.first.tolist() == [1.0, 0.5, 1.0, 0.0, 0.0] and once.obs[:, 0, 0, 0].tolist() == [
         1,
         2,
@@ -289,7 +289,7 @@ def test_answers_are_appended_and_what_is_too_many_is_left_out():
         0,
     ]
     twice = add_answers(once, obs, obs[..., 0], torch.ones(4), generator(1))
-    assert twice.count == 5 and twice.first.tolist() == [1.0, 0.5, 1.0, 0.0, 1.0]
+    assert twice.answered == 5 and twice.first.tolist() == [1.0, 0.5, 1.0, 0.0, 1.0]
     assert torch.equal(twice.weight[:, :4], once.weight[:, :4])
     # Poisson(1), the bootstrap's law for long lists
     weight = twice.weight.flatten()

@@ -26,7 +26,7 @@ noise, and of its chunk the first action.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -563,7 +563,7 @@ def train(args: Args) -> float:
             envs, obs, policy, noise.normal_(generator=generator), args.chunk
         )
         seen, obs_stats, return_stats, sums = as_seen(rollout, obs_stats, return_stats, sums, args)
-        steps: Any = denoising_rows(net, schedule, seen.obs.flatten(0, 1), seen.action.flatten(0, 1))
+        steps = denoising_rows(net, schedule, seen.obs.flatten(0, 1), seen.action.flatten(0, 1))
         decided = begins.flatten()
         rows = decided.repeat_interleave(args.chain).nonzero().squeeze(-1)
 
@@ -578,7 +578,7 @@ def train(args: Args) -> float:
             if epoch == 0:
                 explained_variance = 1 - advantage[decided].var() / (return_[decided].var() + 1e-8)
             each = two_level(advantage, args.chain, args.denoising_gamma).flatten()
-            batch = DenoisingSteps(*steps, each, return_.repeat_interleave(args.chain))
+            batch = DenoisingSteps(*(*steps, each, return_.repeat_interleave(args.chain)))
             order = rows[torch.randperm(len(rows), generator=generator, device=device)[: args.rows]]
             params, opt, metrics = fine_tune_compiled(
                 params, opt, batch, order, learning_rate, torch.tensor(float(warm), device=device)
