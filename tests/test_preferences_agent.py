@@ -473,7 +473,7 @@ def test_predictions_have_mean_0_and_deviation_1_over_the_clips_compared(tmp_pat
     preferences.train(args)
     state = state_of(tmp_path)
     known, model = state["known"], state["model"]
-    assert known["count"] == 60 and known["weight"].sum() > 0
+    assert known["answered"] == 60 and known["weight"].sum() > 0
     ensemble = RewardEnsemble(2, (16, 16), 3)
     torch.nn.utils.vector_to_parameters(model["params"], ensemble.parameters())
     assert (model["std"] > 0).all() and model["std"].shape == (3,)
@@ -506,11 +506,12 @@ def test_the_same_seed_gives_the_same_table(tmp_path):
 
 
 def test_compiled_equals_eager(tmp_path):
-    results = []
+    """At the defaults' learning rates: Adam's first steps have the rate's size, whatever the gradient's, and
+    where that is little more than rounding its sign is chance."""
+    results, rates = [], dict(learning_rate=3e-4, reward_learning_rate=1e-3)
     for compiled in (True, False):
-        args = small(
-            tmp_path / str(compiled), "Pendulum-v1", total_steps=128 * 4, compile=compiled, num_epochs=1
-        )
+        changes = dict(total_steps=128 * 4, compile=compiled, num_epochs=1, **rates)
+        args = small(tmp_path / str(compiled), "Pendulum-v1", **changes)
         preferences.train(args)
         results.append(state_of(args.run_dir))
     for part in (lambda state: state["params"], lambda state: state["model"]["params"]):
@@ -534,11 +535,11 @@ def test_a_resumed_run_goes_on_with_its_labels(tmp_path, monkeypatch):
         patch.setattr(preferences.Run, "report", killed)
         preferences.train(args)
     before = state_of(args.run_dir)
-    count = before["known"]["count"]
+    count = before["known"]["answered"]
     assert 15 < count < 30
     preferences.train(replace(args, run_dir=None, resume=args.run_dir))
     after = state_of(args.run_dir)
-    assert after["known"]["count"] == labels_due(args, 128 * 15)
+    assert after["known"]["answered"] == labels_due(args, 128 * 15)
     for name in ("obs", "action", "first"):
         assert torch.equal(after["known"][name][:count], before["known"][name][:count])
     assert torch.equal(after["known"]["weight"][:, :count], before["known"]["weight"][:, :count])
@@ -557,7 +558,7 @@ def test_a_skipping_teacher_is_asked_until_it_has_answered(tmp_path):
     preferences.train(args)
     assert int(rows(tmp_path)[-1]["labels"]) > 30
     known = state_of(tmp_path)["known"]
-    assert set(known["first"][: known["count"]].tolist()) == {0.5, 1.0}
+    assert set(known["first"][: known["answered"]].tolist()) == {0.5, 1.0}
 
 
 # --- fixed horizons -----------------------------------------------------------------------------------------
