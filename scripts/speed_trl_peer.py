@@ -60,8 +60,10 @@ def run(
             loss_type="dr_grpo", scale_rewards="none", epsilon=0.2, max_grad_norm=1.0, temperature=1.0,
             max_steps=steps * epochs * minibatches, generation_kwargs={"min_new_tokens": num_digits},
         )  # fmt: skip
+        model.save_pretrained(f"{folder}/model")  # the reference is read from where the policy came from
+        policy = GPT2LMHeadModel.from_pretrained(f"{folder}/model")
         trainer = GRPOTrainer(
-            model, reward, settings, Dataset.from_dict({"prompt": prompts}), processing_class=processing,
+            policy, reward, settings, Dataset.from_dict({"prompt": prompts}), processing_class=processing,
             callbacks=[Clock()],
         )  # fmt: skip
         trainer.train()
