@@ -388,7 +388,7 @@ def test_same_seed_same_table_and_a_resumed_run_goes_on_as_if_nothing_had_been(t
 
 
 def test_cartpole_is_learnt(tmp_path):
-    """The task's own settings, for an eighth of its steps; one that has learnt nothing falls after 20."""
+    """The task's own settings, for an eighth of its steps; without learning it falls after 20."""
     args = Args.for_env(
         "CartPole-v1", total_steps=25_000, compile=False, eval_every=0, progress=False, run_dir=str(tmp_path)
     )

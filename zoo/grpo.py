@@ -25,7 +25,8 @@ another objective, and where every step pays the same (CartPole-v1) it leaves no
 Episodes are whole, as in zoo/reinforce.py; one cut by a time limit misses its tail, for there is no V.
 
     python zoo/grpo.py --env CartPole-v1
-    python zoo/grpo.py --env Pendulum-v1 --ungrouped      hundreds worse than with groups
+    python zoo/grpo.py --env Pendulum-v1
+    python zoo/grpo.py --env Pendulum-v1 --ungrouped
 """
 
 from collections.abc import Callable, Iterator
