@@ -280,7 +280,7 @@ def test_answers_are_appended_and_what_is_too_many_is_left_out():
     known = Comparisons(torch.zeros(5, 2, 3, 1), torch.zeros(5, 2, 3), torch.zeros(5), torch.zeros(400, 5), 0)
     obs = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 2, 3, 1) + 1
     once = add_answers(known, obs, obs[..., 0], torch.tensor([1.0, 0.5, 1.0, 0.0]), generator())
-    assert once.count == 4 and known.count == 0 and not known.obs.any()  # the old ones are as they were
+    assert once.answered == 4 and known.answered == 0 and not known.obs.any()  # the old ones are as they were
     assert once.first.tolist() == [1.0, 0.5, 1.0, 0.0, 0.0] and once.obs[:, 0, 0, 0].tolist() == [
         1,
         2,
@@ -289,7 +289,7 @@ def test_answers_are_appended_and_what_is_too_many_is_left_out():
         0,
     ]
     twice = add_answers(once, obs, obs[..., 0], torch.ones(4), generator(1))
-    assert twice.count == 5 and twice.first.tolist() == [1.0, 0.5, 1.0, 0.0, 1.0]
+    assert twice.answered == 5 and twice.first.tolist() == [1.0, 0.5, 1.0, 0.0, 1.0]
     assert torch.equal(twice.weight[:, :4], once.weight[:, :4])
     # Poisson(1), the bootstrap's law for long lists
     weight = twice.weight.flatten()
@@ -473,7 +473,7 @@ def test_predictions_have_mean_0_and_deviation_1_over_the_clips_compared(tmp_pat
     preferences.train(args)
     state = state_of(tmp_path)
     known, model = state["known"], state["model"]
-    assert known["count"] == 60 and known["weight"].sum() > 0
+    assert known["answered"] == 60 and known["weight"].sum() > 0
     ensemble = RewardEnsemble(2, (16, 16), 3)
     torch.nn.utils.vector_to_parameters(model["params"], ensemble.parameters())
     assert (model["std"] > 0).all() and model["std"].shape == (3,)
@@ -534,11 +534,11 @@ def test_a_resumed_run_goes_on_with_its_labels(tmp_path, monkeypatch):
         patch.setattr(preferences.Run, "report", killed)
         preferences.train(args)
     before = state_of(args.run_dir)
-    count = before["known"]["count"]
+    count = before["known"]["answered"]
     assert 15 < count < 30
     preferences.train(replace(args, run_dir=None, resume=args.run_dir))
     after = state_of(args.run_dir)
-    assert after["known"]["count"] == labels_due(args, 128 * 15)
+    assert after["known"]["answered"] == labels_due(args, 128 * 15)
     for name in ("obs", "action", "first"):
         assert torch.equal(after["known"][name][:count], before["known"][name][:count])
     assert torch.equal(after["known"]["weight"][:, :count], before["known"]["weight"][:, :count])
@@ -557,7 +557,7 @@ def test_a_skipping_teacher_is_asked_until_it_has_answered(tmp_path):
     preferences.train(args)
     assert int(rows(tmp_path)[-1]["labels"]) > 30
     known = state_of(tmp_path)["known"]
-    assert set(known["first"][: known["count"]].tolist()) == {0.5, 1.0}
+    assert set(known["first"][: known["answered"]].tolist()) == {0.5, 1.0}
 
 
 # --- fixed horizons -----------------------------------------------------------------------------------------

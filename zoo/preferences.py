@@ -30,7 +30,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -274,13 +274,13 @@ class Clips(NamedTuple):
 
 
 class Comparisons(NamedTuple):
-    """The answers so far: the first `count` of as many rows as there will be labels."""
+    """The answers so far: the first `answered` of as many rows as there will be labels."""
 
     obs: Tensor  # (labels, K, L, D)
     action: Tensor  # (labels, K, L, ...)
     first: Tensor  # (labels,) how sure it is that the clips stand in their order of merit: 1; 0.5: equal
     weight: Tensor  # (M, labels) how often a comparison is in a member's bootstrap sample
-    count: int
+    answered: int
 
 
 def clip_starts(ended: Tensor, length: int) -> Tensor:
@@ -372,12 +372,13 @@ def add_answers(
 
     How often each is in a member's bootstrap sample is drawn here: of a growing list, by Poisson's law.
     """
-    rows = slice(known.count, known.count + len(first))
+    rows = slice(known.answered, known.answered + len(first))
     room = len(known.first[rows])
-    columns = [column.clone() for column in known[:4]]
-    columns[0][rows], columns[1][rows], columns[2][rows] = obs[:room], action[:room], first[:room]
-    columns[3][:, rows] = torch.poisson(torch.ones_like(columns[3][:, rows]), generator)
-    return Comparisons(*columns, known.count + room)
+    columns = {name: column.clone() for name, column in known._asdict().items() if name != "answered"}
+    new = known._replace(**columns, answered=known.answered + room)
+    new.obs[rows], new.action[rows], new.first[rows] = obs[:room], action[:room], first[:room]
+    new.weight[:, rows] = torch.poisson(torch.ones_like(new.weight[:, rows]), generator)
+    return new
 
 
 # --- estimators ---------------------------------------------------------------------------------------------
@@ -590,14 +591,14 @@ def refit(
     """
     params, opt = model.params, model.opt
     learning_rate = torch.tensor(args.reward_learning_rate * remaining, device=params.device)
-    weight = known.weight[:, : known.count] + 1e-6  # a member's sample may be empty at first
+    weight = known.weight[:, : known.answered] + 1e-6  # a member's sample may be empty at first
     size, metrics = (FIT_STEPS, args.members, args.reward_batch), {}
     for _ in range(math.ceil(new * args.reward_passes / (FIT_STEPS * args.reward_batch))):
         drawn = torch.multinomial(weight, FIT_STEPS * args.reward_batch, True, generator=generator)
         order = drawn.view(args.members, FIT_STEPS, -1).transpose(0, 1).reshape(size)
         params, opt, metrics = fit(params, opt, x, known.first, order, learning_rate)
     model = model._replace(params=params, opt=opt)
-    reward = rewards(model, x[: known.count].flatten(0, 2))
+    reward = rewards(model, x[: known.answered].flatten(0, 2))
     return model._replace(mean=reward.mean(1), std=reward.std(1).clamp(min=1e-6)), metrics
 
 
@@ -744,7 +745,7 @@ def ask(
     they are waited for.
     """
     while True:
-        wanted = due - known.count
+        wanted = due - known.answered
         if human is not None:
             wanted = min(wanted - human.waiting, human.room)
         if wanted > 0:
@@ -765,9 +766,9 @@ def ask(
                 known = add_answers(known, clips.obs[index], clips.action[index], first, generator)
         if human is None:
             return known
-        for obs, action, sure in human.answers(known.count):
+        for obs, action, sure in human.answers(known.answered):
             known = add_answers(known, obs[None], action[None], sure[None], generator)
-        if known.count >= begin or not human.wait(known.count):
+        if known.answered >= begin or not human.wait(known.answered):
             return known
 
 
@@ -898,7 +899,7 @@ def learn(args: Args, device: torch.device, envs: VectorEnv, played: str, human:
     asking = torch.Generator(device).manual_seed(generator_seed(args.seed, "preferences"))
     obs_stats, return_stats = new_stats(envs.obs_dim, device=device), new_stats(device=device)
     kl_coef = torch.tensor(args.kl_coef, device=device)
-    watched = Recorder(envs, human is not None)
+    watched: Any = Recorder(envs, human is not None)  # environments to `collect`
     model, known, pool = nothing_yet(args, envs, reward_params, watched.size)
     state = run.restore(
         State(
@@ -924,12 +925,15 @@ def learn(args: Args, device: torch.device, envs: VectorEnv, played: str, human:
         if rollout.terminated.any():
             told = f"an episode of {args.env} ended early, which says what is good without any preference"
             raise RunFault(f"{told}; --fixed-horizon plays on until the time limit")
-        step, log = run.step + rollout.reward.numel(), {"labels": known.count}
+        step = run.step + rollout.reward.numel()
         pool = into_pool(pool, rollout, watched.taken())
         rollouts = step // rollout.reward.numel()
+        log: dict[str, float | Tensor] = {}
         inputs = partial(reward_inputs, envs, obs_stats=obs_stats)
-        if rollouts >= args.first and (known.count < begin or (rollouts - args.first) % args.ask_every == 0):
-            fitted = known.count if known.count >= begin else 0
+        if rollouts >= args.first and (
+            known.answered < begin or (rollouts - args.first) % args.ask_every == 0
+        ):
+            fitted = known.answered if known.answered >= begin else 0
 
             def returns(clips: Clips, inputs=inputs, model=model) -> Tensor:
                 x = inputs(clips.obs, clips.action).flatten(0, 1)
@@ -938,12 +942,13 @@ def learn(args: Args, device: torch.device, envs: VectorEnv, played: str, human:
             due = labels_due(args, run.step)
             there = Pool(*(column[-rollouts:] for column in pool))  # it is not full at first
             known = ask(due, begin, there, known, returns if fitted else None, human, args, asking)
-            if known.count >= begin and known.count > fitted:
+            if known.answered >= begin and known.answered > fitted:
                 x = inputs(known.obs, known.action)
-                new = known.count - fitted
-                model, log = refit(model, known, new, x, remaining, fit_compiled, rewards, args, asking)
-        log["labels"] = known.count
-        if known.count < begin:  # nobody has said yet what is good
+                new = known.answered - fitted
+                model, fitting = refit(model, known, new, x, remaining, fit_compiled, rewards, args, asking)
+                log |= fitting
+        log["labels"] = known.answered
+        if known.answered < begin:  # nobody has said yet what is good
             if args.normalize_obs:
                 obs_stats = update_stats(obs_stats, rollout.obs.flatten(0, 1))
             state = state._replace(obs_stats=obs_stats, known=known, pool=pool)
