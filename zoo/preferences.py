@@ -81,7 +81,7 @@ class Args(RunArgs):
     reward_hidden: tuple[int, ...] = (64, 64)  # widths of their leaky ReLU layers
     reward_learning_rate: float = 1e-3  # Adam's, of the reward networks; falls as PPO's does
     reward_batch: int = 32  # comparisons in a gradient step of theirs
-    reward_passes: int = 60  # how many times as many comparisons are learned from as were answered since
+    reward_passes: int = 200  # how many times as many comparisons are learned from as were answered since
     error_model: float = 0.1  # share of the answers that the loss takes for chance, e
     pessimism: float = 0.0  # standard deviations between members that are taken off the predicted reward
     fixed_horizon: bool = False  # go on after an early end, until the time limit
@@ -130,7 +130,7 @@ SETTINGS: dict[str, dict] = {
     ),
     "Pendulum-v1": dict(
         total_steps=100_000, num_envs=8, num_steps=128, num_epochs=20, learning_rate=1e-3, gamma=0.98,
-        log_std=-0.5, eval_every=20_000, eval_episodes=100, ask_every=2,
+        log_std=-0.5, eval_every=20_000, eval_episodes=100, ask_every=2, reward_passes=60,
     ),
 }  # fmt: skip
 
