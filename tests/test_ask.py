@@ -254,8 +254,8 @@ def test_a_run_learns_from_a_human(tmp_path):
         thread.join()
     state = state_of(tmp_path)
     known = state["known"]
-    assert 3 <= known["count"] <= 12
-    assert known["first"][: known["count"]].tolist() == ([1.0, 0.5, 0.0] * 4)[: known["count"]]
+    assert 3 <= known["answered"] <= 12
+    assert known["first"][: known["answered"]].tolist() == ([1.0, 0.5, 0.0] * 4)[: known["answered"]]
     assert state["model"]["std"].tolist() != [1.0] * 3  # it was fitted
 
 
@@ -305,7 +305,7 @@ def test_answers_survive_a_kill(tmp_path):
         process.communicate()
     kept = {path.name: path.read_bytes() for path in (folder / "labels").glob("*.npz")}
     assert len(kept) == 4
-    assert state_of(folder)["known"]["count"] == 0  # the checkpoint is from before
+    assert state_of(folder)["known"]["answered"] == 0  # the checkpoint is from before
     stop = threading.Event()
     thread = threading.Thread(target=answering, args=(address, ["right"], stop))
     thread.start()

@@ -99,7 +99,7 @@ def small(folder, env, **changes):
     """Arguments of a run that learns a probe in a second or two."""
     sizes = dict(num_envs=8, num_steps=16, minibatch_size=64, total_steps=128 * 12, learning_rate=5e-3)
     labels = dict(labels=30, clip_length=4, pool=4, first=2, ask_every=2)
-    model = dict(reward_batch=16, reward_hidden=(16, 16), reward_learning_rate=5e-3)
+    model = dict(reward_batch=16, reward_hidden=(16, 16), reward_learning_rate=5e-3, reward_passes=60)
     plumbing = dict(compile=False, eval_every=0, eval_episodes=2, env_threads=1, progress=False)
     given: dict[str, Any] = {**sizes, **labels, **model, **plumbing, "run_dir": str(folder), **changes}
     return Args(env=env, **given)

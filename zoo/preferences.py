@@ -81,7 +81,7 @@ class Args(RunArgs):
     reward_hidden: tuple[int, ...] = (64, 64)  # widths of their leaky ReLU layers
     reward_learning_rate: float = 1e-3  # Adam's, of the reward networks; falls as PPO's does
     reward_batch: int = 32  # comparisons in a gradient step of theirs
-    reward_passes: int = 60  # how many times as many comparisons are learned from as were answered since
+    reward_passes: int = 200  # how many times as many comparisons are learned from as were answered since
     error_model: float = 0.1  # share of the answers that the loss takes for chance, e
     pessimism: float = 0.0  # standard deviations between members that are taken off the predicted reward
     fixed_horizon: bool = False  # go on after an early end, until the time limit
@@ -131,7 +131,7 @@ SETTINGS: dict[str, dict] = {
     ),
     "Pendulum-v1": dict(
         total_steps=100_000, num_envs=8, num_steps=128, num_epochs=20, learning_rate=1e-3, gamma=0.98,
-        log_std=-0.5, eval_every=20_000, eval_episodes=100, ask_every=2,
+        log_std=-0.5, eval_every=20_000, eval_episodes=100, ask_every=2, reward_passes=60,
     ),
 }  # fmt: skip
 
@@ -375,10 +375,11 @@ def add_answers(
     """
     rows = slice(known.answered, known.answered + len(first))
     room = len(known.first[rows])
-    all_obs, all_action, all_first, weight = (column.clone() for column in known[:4])
-    all_obs[rows], all_action[rows], all_first[rows] = obs[:room], action[:room], first[:room]
-    weight[:, rows] = torch.poisson(torch.ones_like(weight[:, rows]), generator)
-    return Comparisons(all_obs, all_action, all_first, weight, known.answered + room)
+    columns = {name: column.clone() for name, column in known._asdict().items() if name != "answered"}
+    new = known._replace(**columns, answered=known.answered + room)
+    new.obs[rows], new.action[rows], new.first[rows] = obs[:room], action[:room], first[:room]
+    new.weight[:, rows] = torch.poisson(torch.ones_like(new.weight[:, rows]), generator)
+    return new
 
 
 # --- estimators ---------------------------------------------------------------------------------------------
@@ -916,7 +917,7 @@ def train_on_preferences(
     asking = torch.Generator(device).manual_seed(generator_seed(args.seed, "preferences"))
     obs_stats, return_stats = new_stats(envs.obs_dim, device=device), new_stats(device=device)
     kl_coef = torch.tensor(args.kl_coef, device=device)
-    watched: Any = Recorder(envs, human is not None)  # it steps as they do
+    watched: Any = Recorder(envs, human is not None)  # environments to `collect`
     model, known, pool = nothing_yet(args, envs, reward_params, watched.size)
     state = run.restore(
         State(
@@ -943,9 +944,9 @@ def train_on_preferences(
             told = f"an episode of {args.env} ended early, which says what is good without any preference"
             raise RunFault(f"{told}; --fixed-horizon plays on until the time limit")
         step = run.step + rollout.reward.numel()
-        log: dict[str, float | Tensor] = {}
         pool = into_pool(pool, rollout, watched.taken())
         rollouts = step // rollout.reward.numel()
+        log: dict[str, float | Tensor] = {}
         inputs = partial(reward_inputs, envs, obs_stats=obs_stats)
         if rollouts >= args.first and (
             known.answered < begin or (rollouts - args.first) % args.ask_every == 0

@@ -20,7 +20,7 @@ from collections import deque
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -236,13 +236,13 @@ class Human:
             question = next((q for q in self._waiting if q.number == number), None)
             if question is None:
                 return False
-            arrays: Any = {
-                "obs": question.obs,
-                "action": question.action,
-                "first": np.float32(CHOICES[choice]),
-            }
+            first = np.float32(CHOICES[choice])
             path = self.folder / f"{self.answered:06}.npz"
-            write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+
+            def write(file: IO[bytes]) -> None:
+                np.savez_compressed(file, obs=question.obs, action=question.action, first=first)
+
+            write_atomically(path, write)
             self._waiting.remove(question)
             self.answered += 1
             return True
