@@ -26,7 +26,7 @@ noise, and of its chunk the first action.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -404,7 +404,9 @@ def values(net: ActorCritic, rollout: Rollout) -> tuple[Tensor, Tensor]:
     return value[:-1], next_value
 
 
-def denoising_rows(net: ActorCritic, schedule: Schedule, obs: Tensor, chain: Tensor) -> tuple[Tensor, ...]:
+def denoising_rows(
+    net: ActorCritic, schedule: Schedule, obs: Tensor, chain: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """obs, x, x_next, k and the log-probability of every step of chains (B, K + 1, C), (B x K, ...) each."""
     count, steps = len(chain), schedule.steps
     x, x_next = chain[:, 1:].flatten(0, 1), chain[:, :-1].flatten(0, 1)
@@ -563,7 +565,7 @@ def train(args: Args) -> float:
             envs, obs, policy, noise.normal_(generator=generator), args.chunk
         )
         seen, obs_stats, return_stats, sums = as_seen(rollout, obs_stats, return_stats, sums, args)
-        steps: Any = denoising_rows(net, schedule, seen.obs.flatten(0, 1), seen.action.flatten(0, 1))
+        steps = denoising_rows(net, schedule, seen.obs.flatten(0, 1), seen.action.flatten(0, 1))
         decided = begins.flatten()
         rows = decided.repeat_interleave(args.chain).nonzero().squeeze(-1)
 
