@@ -404,7 +404,9 @@ def values(net: ActorCritic, rollout: Rollout) -> tuple[Tensor, Tensor]:
     return value[:-1], next_value
 
 
-def denoising_rows(net: ActorCritic, schedule: Schedule, obs: Tensor, chain: Tensor) -> tuple[Tensor, ...]:
+def denoising_rows(
+    net: ActorCritic, schedule: Schedule, obs: Tensor, chain: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """obs, x, x_next, k and the log-probability of every step of chains (B, K + 1, C), (B x K, ...) each."""
     count, steps = len(chain), schedule.steps
     x, x_next = chain[:, 1:].flatten(0, 1), chain[:, :-1].flatten(0, 1)
