@@ -493,9 +493,7 @@ class Picture(NamedTuple):
 
     def data(self, results: Path) -> str:
         """The fingerprint that it must carry."""
-        published = (
-            plot.published_for(self.folders, results) if self.until is None else [None] * len(self.folders)
-        )
+        published = plot.published_for(self.folders, results) if self.until is None else []
         return plot.fingerprint(self.folders, published)
 
 

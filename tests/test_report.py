@@ -161,6 +161,7 @@ def test_scores_are_normalised_by_random_play_and_published_ppo(made):
 def test_the_report_is_written_and_read_again(made, monkeypatch):
     pytest.importorskip("rliable", reason="pip install -e '.[report]'")
     monkeypatch.setattr(report, "REPS", 200)
+    monkeypatch.setattr(report, "TOUR_TASK", "A-v0")
     assert call(monkeypatch, made) == 0
     text = (made.parent / "README.md").read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "out of date" not in text
@@ -174,7 +175,8 @@ def test_the_report_is_written_and_read_again(made, monkeypatch):
     assert "| sac" not in text.split("Over all tasks")[1]  # no reference for its task
     assert "† made by changed code" in text and "`abc-dirty` †" in text
     shown = report.pictures(rows, made)
-    assert [p.out.relative_to(made).as_posix() for p in shown] == ["A-v0.png", "plain/A-v0.png"]
+    expected = ["A-v0.png", "plain/A-v0.png", "tour/ppo.png"]
+    assert [p.out.relative_to(made).as_posix() for p in shown] == expected
     for picture in shown:
         assert plot.drawn_from(picture.out) == picture.data(made) != ""
     (made / "ppo" / "A-v0" / "seed_1.csv").write_text("step,wall_time,eval_return\n500,1,0\n1000,2,7\n")
