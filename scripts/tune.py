@@ -34,7 +34,7 @@ import shlex
 import sys
 import tempfile
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -210,6 +210,13 @@ class Stopped(Exception):
     """A trial given up by the pruner."""
 
 
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """What runs say is not the search's."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
 def score(
     module: ModuleType, args: RunArgs, seeds: Sequence[int], folder: Path,
     watch: Callable[[int, float], bool] = lambda _number, _value: False,
@@ -234,7 +241,7 @@ def score(
     module.Run = Watched  # type: ignore[attr-defined]
     try:
         for seed in seeds:
-            with tempfile.TemporaryDirectory(dir=folder) as run, contextlib.redirect_stdout(io.StringIO()):
+            with tempfile.TemporaryDirectory(dir=folder) as run, silence():
                 finals.append(module.train(replace(args, seed=seed, run_dir=str(Path(run) / "run"))))
     finally:
         module.Run = original  # type: ignore[attr-defined]

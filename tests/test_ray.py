@@ -23,9 +23,12 @@ def cluster():
     pytest.importorskip("ray", reason="pip install -e '.[ray]'")
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    yield made
-    made.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        # on a busy machine a worker takes longer to start than Ray waits for it
+        patch.setenv("RAY_worker_register_timeout_seconds", "600")
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        yield made
+        made.shutdown()
 
 
 @pytest.fixture
