@@ -34,6 +34,7 @@ import shlex
 import sys
 import tempfile
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -402,7 +403,9 @@ def draw(study: Any, out: Path) -> None:
     if len({trial.value for trial in complete}) < 2:
         print("note: no picture of what mattered, two different scores are needed for it", file=sys.stderr)
         return
-    axes = plot_param_importances(study)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that Optuna may yet change how it is called
+        axes = plot_param_importances(study)
     with writing(out.parent):
         axes.figure.savefig(out, dpi=120, bbox_inches="tight")
     print(f"{out}: what mattered")
