@@ -33,6 +33,7 @@ import fcntl
 import importlib.util
 import io
 import json
+import logging
 import os
 import re
 import shlex
@@ -687,7 +688,7 @@ def run_on_ray(jobs: list[Job], address: str) -> tuple[list[str], int]:
             socket.create_connection((place[1], int(place[2])), timeout=10).close()
         ray.init(
             address, runtime_env={"env_vars": {"PYTHONPATH": path}}, log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
         )  # fmt: skip
     except (OSError, OverflowError, ValueError, RuntimeError) as error:
         raise UsageError(f"--ray {address}: {str(error).splitlines()[0]}") from error

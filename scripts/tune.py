@@ -405,9 +405,9 @@ def draw(study: Any, out: Path) -> None:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that Optuna may yet change how it is called
-        axes = plot_param_importances(study)
+        figure: Any = plot_param_importances(study).figure
     with writing(out.parent):
-        axes.figure.savefig(out, dpi=120, bbox_inches="tight")
+        figure.savefig(out, dpi=120, bbox_inches="tight")
     print(f"{out}: what mattered")
 
 
