@@ -47,7 +47,7 @@ import numpy as np
 import tyro
 
 import zoo
-from zoo.common.args import RunArgs, flag, require
+from zoo.common.args import RunArgs, flag, lookup_in, require
 from zoo.common.cli import parse
 from zoo.common.envs import make_single
 from zoo.common.errors import RunFault, UsageError
@@ -280,9 +280,8 @@ def arguments(module: ModuleType, args: Args) -> RunArgs:
         more = shlex.split(args.args)
     except ValueError as error:
         raise UsageError(f"--args {args.args}: {error}") from error
-    settings: dict[str, dict] = getattr(module, "SETTINGS", {})
     given = ["--env", args.env, "--no-progress", "--threads", "1", "--env-threads", "1", *more]
-    default = parse(module.Args, partial(benchmark._settings, settings), given)
+    default = parse(module.Args, lookup_in(module.Args), given)
     if hasattr(module, "check"):
         module.check(default)
     if "--eval-every" not in more:
