@@ -683,7 +683,6 @@ def draw(name: str, rows: list[dict[str, str]], path: Path) -> None:
             # products of ratios vanish
             row[0].set_ylim(bottom=max(row[0].get_ylim()[0], 1e-3) if panel.log else 0)
     if name not in BY_STAGE:
-        figure.canvas.draw()  # where curves end on the page, is known only now
         for axis in axes.flat:
             label_ends(axis)
     bars = (
@@ -733,16 +732,15 @@ def estimators_in(axis: Any, name: str, rows: list[dict[str, str]], last: bool) 
 
 def label_ends(axis: Any) -> None:
     """Write each curve's name where it ends, pushed apart where several end together."""
-    height = axis.get_window_extent().height
     ends = []
     for line in axis.get_lines():
         if not line.get_label().startswith("_"):
             x, y = line.get_data()
-            below = axis.transData.transform((x[-1], max(y[-1], axis.get_ylim()[0])))[1]
-            place = (below - axis.get_window_extent().y0) / height
+            end = axis.transData.transform((x[-1], max(y[-1], axis.get_ylim()[0])))
+            place = axis.transAxes.inverted().transform(end)[1]
             ends.append([place, line.get_label(), line.get_color()])
     ends.sort(key=lambda end: end[0])
-    gap = 14 / height * axis.figure.dpi / 72 * 0.75
+    gap = 0.075  # the height of a line of text in that of the axes
     for low, high in itertools.pairwise(ends):
         high[0] = max(high[0], low[0] + gap)
     ends[-1][0] = min(ends[-1][0], 1.0)

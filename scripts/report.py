@@ -53,6 +53,7 @@ REPS = 2000  # bootstrap samples of an interval
 TAUS = tuple(round(0.05 * i, 2) for i in range(31))  # normalised scores at which a profile is computed
 COLUMNS = ("quantity", "agent", "against", "task", "x", "value", "low", "high")
 EPISODES = 100  # of random play
+BEGINS_TRAINED = {"dppo"}  # its environment steps begin with a clone, no untrained agent
 # zoo/README.md walks from one agent to the next, on this task
 TOUR_TASK, TOUR = "HalfCheetah-v4", ("reinforce", "actor_critic", "trpo", "ppo", "sac")
 
@@ -222,7 +223,14 @@ def play_references(rows: Sequence[Row], results: Path) -> None:
         print(f"random on {task}: {known[-1][1]}", flush=True)
         store(path, ("task", "mean", "std", "episodes"), sorted(known, key=lambda row: str(row[0])))
     for row in rows:
-        if len(plot.starts(row.folder)) >= len(row.seeds):
+        known_of_all = (
+            len(plot.starts(row.folder)) >= len(row.seeds) or plot.load_curves(row.folder)[0][0] == 0
+        )
+        if (
+            known_of_all
+            or row.agent in BEGINS_TRAINED
+            or importlib.util.find_spec(f"zoo.{row.agent}") is None
+        ):
             continue
         entries = benchmark.read_seeds(row.folder)
         args_class = importlib.import_module(f"zoo.{row.agent}").Args

@@ -183,3 +183,26 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, argv,
         error
     )
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_curve_is_the_median_of_the_stages_and_its_name_stands_where_it_ends():
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    values = {"k1 loss": (0.0, 1.0, 0.4), "k1 reward": (0.41, 0.4, 0.39), "k2 loss": (0.8, 0.8, 0.9)}
+    rows = [
+        {"estimator": name, "stage": str(stage), "x": x, "value": str(value)}
+        for name, found in values.items()
+        for stage, value in enumerate(found)
+        for x in ("0.1", "1")
+    ]
+    estimators.estimators_in(axis, "kl_gradient", rows, last=True)
+    curves = {line.get_label(): list(line.get_ydata()) for line in axis.get_lines()}
+    assert curves == {"k1 loss": [0.4, 0.4], "k1 reward": [0.4, 0.4], "k2 loss": [0.8, 0.8]}
+    low = axis.collections[0].get_paths()[0].vertices[:, 1].min()
+    assert low == 0.0 and axis.collections[0].get_paths()[0].vertices[:, 1].max() == 1.0
+    axis.set_ylim(0, 1)
+    estimators.label_ends(axis)
+    places = {text.get_text(): text.get_position()[1] for text in axis.texts}
+    assert places["k1 loss"] == pytest.approx(0.4) and places["k2 loss"] == pytest.approx(0.8)
+    assert places["k1 reward"] - places["k1 loss"] == pytest.approx(0.075)  # not one on the other
