@@ -179,7 +179,8 @@ def spread(rows: list[Row], column: str) -> str:
 def summary(results: Path) -> None:
     """The tables in Markdown, a line a method."""
     for table, methods in TABLES.items():
-        rows = read(results / f"{table}.csv")
+        if not (rows := read(results / f"{table}.csv")):
+            continue
         columns = [name for name in dict.fromkeys(n for row in rows for n in row) if name not in ("method",)]
         columns = [name for name in columns if name not in ("seed", "command", "commit", "processor")]
         print(f"\n| {table} | seeds |", " | ".join(columns), "|\n|" + "---|" * (len(columns) + 2))
@@ -209,7 +210,7 @@ def plot(results: Path) -> None:
                 value = [float(row[column]) for row in rows]
                 axes.plot(kl, value, f"C{number}", label=label if i == 0 else None, linewidth=1)
                 axes.plot(kl[-1:], value[-1:], f"C{number}o", markersize=4)
-    left.set(title="what it is paid: the reward model's score", ylabel="log-odds, 0 at the start")
+    left.set(title="what it is paid: the reward model's score", ylabel="log-odds, about 0 at the start")
     right.set(title="what is meant: the rule's reward", ylabel="share of digits that are right")
     for axes in (left, right):
         axes.set_xlabel("square root of KL(policy || reference), nats")
