@@ -868,10 +868,10 @@ def train(args: Args) -> float:
             # answers cost more than writing
             args = dataclasses.replace(args, checkpoint_every=min(args.checkpoint_every, 1e-3))
         envs = open_.enter_context(make_envs(played, args.num_envs, threads=args.env_threads))
-        return learn(args, device, envs, played, human)
+        return train_on(args, device, envs, played, human)
 
 
-def learn(args: Args, device: torch.device, envs: VectorEnv, played: str, human: Human | None) -> float:
+def train_on(args: Args, device: torch.device, envs: VectorEnv, played: str, human: Human | None) -> float:
     """The run itself, on the task `played`."""
     torch.manual_seed(generator_seed(args.seed, "network"))
     net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(device)
