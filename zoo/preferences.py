@@ -840,7 +840,7 @@ def check(args: Args) -> None:
             require(value == nothing, f"--{name} {value} is of a simulated teacher, not of --ask human")
 
 
-def check_task(args: Args, played: str) -> None:
+def check_episodes(args: Args, played: str) -> None:
     """Refuse a task on which clips do not fit, or whose episodes end early."""
     limit = time_limit(played)
     require(
@@ -860,7 +860,7 @@ def train(args: Args) -> float:
     check(args)
     device = setup(args.device, args.threads)
     played = fixed_horizon(args.env) if args.fixed_horizon else args.env
-    check_task(args, played)
+    check_episodes(args, played)
     with contextlib.ExitStack() as open_:
         human = None
         if args.ask == "human":
