@@ -840,7 +840,7 @@ def check(args: Args) -> None:
             require(value == nothing, f"--{name} {value} is of a simulated teacher, not of --ask human")
 
 
-def check_episodes(args: Args, played: str) -> None:
+def check_task(args: Args, played: str) -> None:
     """Refuse a task on which clips do not fit, or whose episodes end early."""
     limit = time_limit(played)
     require(
@@ -860,7 +860,7 @@ def train(args: Args) -> float:
     check(args)
     device = setup(args.device, args.threads)
     played = fixed_horizon(args.env) if args.fixed_horizon else args.env
-    check_episodes(args, played)
+    check_task(args, played)
     with contextlib.ExitStack() as open_:
         human = None
         if args.ask == "human":
@@ -868,10 +868,12 @@ def train(args: Args) -> float:
             # answers cost more than writing
             args = dataclasses.replace(args, checkpoint_every=min(args.checkpoint_every, 1e-3))
         envs = open_.enter_context(make_envs(played, args.num_envs, threads=args.env_threads))
-        return train_on(args, device, envs, played, human)
+        return train_on_preferences(args, device, envs, played, human)
 
 
-def train_on(args: Args, device: torch.device, envs: VectorEnv, played: str, human: Human | None) -> float:
+def train_on_preferences(
+    args: Args, device: torch.device, envs: VectorEnv, played: str, human: Human | None
+) -> float:
     """The run itself, on the task `played`."""
     torch.manual_seed(generator_seed(args.seed, "network"))
     net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(device)
