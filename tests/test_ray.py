@@ -18,7 +18,7 @@ from test_scripts import bench  # noqa: F401  a fixture
 HANGS = 'os.environ.get("STUB_HANG")'  # the environment of a node is not the test's
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster():
     pytest.importorskip("ray", reason="pip install -e '.[ray]'")
     from ray.cluster_utils import Cluster

@@ -56,7 +56,8 @@ class Run:
         """
         if args.track and importlib.util.find_spec("wandb") is None:
             raise UsageError("--track needs Weights & Biases: pip install wandb")
-        self.args, self.agent, self.unit = args, agent, unit
+        # a copy: checkpoints hold the arguments as they were asked for, whatever `train` makes of its own
+        self.args, self.agent, self.unit = dataclasses.replace(args), agent, unit
         self.step = 0  # done so far: environment steps over all environments, or what `unit` says
         self._evaluate = evaluate
         self._recent: deque[tuple[float, int]] = deque(maxlen=100)  # (return, length) of the last episodes
