@@ -121,7 +121,7 @@ def test_the_clip_by_hand():
     up, down = np.exp(0.5), np.exp(-0.5)
     found, metrics = loss_of(steps_of((0.5, -0.5, -0.5, 0.5)), clip=0.2)
     expected = -(1.0 * 1.2 * 1 + 2.0 * 0.8 * -1 + 0.5 * down * 2 + 1.5 * up * -3) / 4
-    assert found.item() == pytest.approx(expected) and metrics["policy_loss"] is found
+    assert found.item() == pytest.approx(expected) and metrics["policy_loss"] == found
     assert metrics["clipfrac"] == 1 and loss_of(steps_of((0.5, -0.1, 0.1, 0.0)))[1]["clipfrac"] == 0.25
     assert metrics["approx_kl"].item() == pytest.approx((up - 1 - 0.5 + down - 1 + 0.5) / 2)
 

@@ -164,7 +164,7 @@ def test_19_the_value_target_needs_the_raw_advantage():
 
     def losses(normalize):
         args = SimpleNamespace(normalize_advantages=normalize, surrogate="clip", clip=0.2, value_clip=None)
-        args.value_coef, args.entropy_coef = 0.5, 0.0
+        args.value_coef, args.entropy_coef, args.bound_coef = 0.5, 0.0, 0.0
 
         def loss(x):
             return ppo.ppo_loss(x, batch, torch.tensor(1.0), lambda x, _: (ppo.Categorical(x), value), args)

@@ -159,7 +159,7 @@ def visited_loss(theta, advantage):
     zeros = torch.zeros(len(chance), dtype=F64)
     log_prob = exact.policy(OLD, state).log_prob(action)
     batch = actor_critic.Transitions(state, action, log_prob, chance * len(chance) * psi, zeros)
-    args = SimpleNamespace(value_coef=0.0, entropy_coef=0.0)
+    args = SimpleNamespace(value_coef=0.0, entropy_coef=0.0, bound_coef=0.0)
     return actor_critic.actor_critic_loss(theta, batch, lambda x, obs: (exact.policy(x, obs), zeros), args)[0]
 
 
