@@ -63,7 +63,7 @@ class Args(RunArgs):
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # GAE's lambda: 0 trusts the critic (one-step TD), 1 the rewards (Monte Carlo)
     recompute_advantages: bool = True  # values and advantages anew before each epoch
-    normalize_advantages: bool = False  # mean 0 and standard deviation 1 in each minibatch
+    normalize_advantages: bool = True  # mean 0 and standard deviation 1 in each minibatch
     # what keeps the new policy near the old one
     surrogate: Literal["clip", "kl", "adaptive-kl", "unclipped"] = "clip"
     clip: float = 0.2  # eps of the clipped surrogate
@@ -78,30 +78,35 @@ class Args(RunArgs):
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
     shared_network: bool = False  # one trunk for policy and value instead of two
     # initial log standard deviation of a Gaussian policy, in units of half the action range
-    log_std: float = -1.0
+    log_std: float = 0.0
     normalize_obs: bool = True  # observations by their running mean and standard deviation
     scale_rewards: bool = True  # rewards by the running standard deviation of the discounted return
 
 
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
 SETTINGS: dict[str, dict] = {
+    # long runs, in which the size of an advantage says something, and little noise is enough
+    **{f"{task}-v4": dict(normalize_advantages=False, log_std=-1.0) for task in (
+        "HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "HumanoidStandup", "Swimmer", "Reacher",
+        "Pusher", "InvertedPendulum", "InvertedDoublePendulum",
+    )},
     "CartPole-v1": dict(
         total_steps=100_000, num_envs=32, num_steps=32, minibatch_size=256, learning_rate=2e-3,
-        recompute_advantages=False, normalize_advantages=True, normalize_obs=False, eval_every=20_000,
+        recompute_advantages=False, normalize_obs=False, eval_every=20_000,
     ),
     "Acrobot-v1": dict(
-        num_envs=16, num_steps=256, gae_lambda=0.94, normalize_advantages=True, eval_episodes=100,
+        num_envs=16, num_steps=256, gae_lambda=0.94, eval_episodes=100,
     ),
     "MountainCar-v0": dict(
-        num_envs=16, num_steps=64, gae_lambda=0.98, normalize_advantages=True, eval_episodes=100,
+        num_envs=16, num_steps=64, gae_lambda=0.98, eval_episodes=100,
     ),
     "MountainCarContinuous-v0": dict(
-        total_steps=20_000, num_envs=8, num_steps=64, learning_rate=1e-3, gamma=0.999, log_std=0.0,
-        eval_every=5_000,
+        total_steps=20_000, num_envs=8, num_steps=64, learning_rate=1e-3, gamma=0.999,
+        normalize_advantages=False, eval_every=5_000,
     ),
     "Pendulum-v1": dict(
         total_steps=100_000, num_envs=8, num_steps=128, num_epochs=20, learning_rate=1e-3, gamma=0.98,
-        log_std=-0.5, eval_every=20_000, eval_episodes=100,
+        normalize_advantages=False, log_std=-0.5, eval_every=20_000, eval_episodes=100,
     ),
 }  # fmt: skip
 
