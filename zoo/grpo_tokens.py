@@ -19,7 +19,7 @@ What differs between the papers is a flag each:
 The defaults are those whose fixed point is the optimum. GRPO as in its paper:
 --std --length response --kl k3 --kl-in loss --kl-level token.
 
-    python zoo/grpo_tokens.py --env Count              the gap (zoo/rlhf.py) falls from 1 to 0.01 (2 seeds)
+    python zoo/grpo_tokens.py --env Count              the gap (zoo/rlhf.py) falls from 1 to 0.01 (5 seeds)
     python zoo/grpo_tokens.py --env Sort               8 digits, from a model that sorts one in twenty
 """
 
