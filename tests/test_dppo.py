@@ -113,7 +113,7 @@ def test_one_step_is_the_gaussian_policy():
     ours = DenoisingSteps(*rows[:-1], old, two_level(advantage, 1, 0.9).flatten(), return_)
     theirs = ppo.Batch(obs, chain[:, 0], old, value, advantage, return_)
     one = grad_and_value(dppo.dppo_loss, has_aux=True)(params, ours, torch.ones(()), forward, schedule, args)
-    other_args = ppo.Args(clip=args.clip, value_coef=args.value_coef)
+    other_args = ppo.Args(clip=args.clip, value_coef=args.value_coef, normalize_advantages=False)
     two = grad_and_value(ppo.ppo_loss, has_aux=True)(params, theirs, torch.ones(()), gaussian, other_args)
     torch.testing.assert_close(one[0], two[0], rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(one[1][0], two[1][0], rtol=1e-4, atol=1e-5)

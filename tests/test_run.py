@@ -206,6 +206,7 @@ def test_tensorboard_has_cleanrl_keys(tmp_path):
 
     with pytest.raises(EnvironmentFault), Process():
         train(Args(run_dir=str(tmp_path / "run"), fault="environment"))
+    time.sleep(1.1)  # TensorBoard reads files in the order of their names, which have the second in them
     train(Args(resume=str(tmp_path / "run")))
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()

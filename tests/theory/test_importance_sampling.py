@@ -160,7 +160,11 @@ def visited_loss(theta, advantage):
     log_prob = exact.policy(OLD, state).log_prob(action)
     batch = actor_critic.Transitions(state, action, log_prob, chance * len(chance) * psi, zeros)
     args = SimpleNamespace(value_coef=0.0, entropy_coef=0.0, bound_coef=0.0)
-    return actor_critic.actor_critic_loss(theta, batch, lambda x, obs: (exact.policy(x, obs), zeros), args)[0]
+
+    def forward(x, obs):
+        return actor_critic.Categorical(exact.policy(x, obs).logits), zeros
+
+    return actor_critic.actor_critic_loss(theta, batch, forward, args)[0]
 
 
 def test_22_the_old_policys_states_and_advantages_bias():
