@@ -2,7 +2,7 @@
 
     python scripts/own_tasks_ppo.py                              what is missing in results/own_tasks/ppo.csv
     python scripts/own_tasks_ppo.py --side sb3 --tasks Maze      a part of it
-    python scripts/own_tasks_ppo.py --trial faster "--learning-rate 1e-3"    the zoo's with other arguments
+    python scripts/own_tasks_ppo.py --trial "faster=--learning-rate 1e-3"    the zoo's with other arguments
     python scripts/own_tasks_ppo.py --report                     the table
 
 Both train for 100,000 steps and are then evaluated without noise, on the same 50 episodes. The other side has
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--side", nargs="+", choices=["zoo", *OTHERS], default=["zoo", *OTHERS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    parser.add_argument("--trial", nargs=2, metavar=("NAME", "ARGUMENTS"), help="instead of the sides")
+    parser.add_argument("--trial", metavar="NAME=ARGUMENTS", help="instead of the sides")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the table")
     parser.add_argument("--report", action="store_true", help="print the table, run nothing")
     args = parser.parse_args()
@@ -163,7 +163,9 @@ def main() -> None:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         for seed in args.seeds:
             for task in args.tasks:
-                for side, arguments in [args.trial] if args.trial else [(side, "") for side in args.side]:
+                for side, arguments in (
+                    [args.trial.partition("=")[::2]] if args.trial else [(side, "") for side in args.side]
+                ):
                     measure(task, side, seed, arguments)
     report()
 

@@ -82,8 +82,8 @@ def test_the_measurement_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert told[-2:] == [
         ["Maze", "sb3", "1", "±", "0", "1", "1"], ["Maze", "zoo", "20", "±", "10", "10", "30"]
     ]  # fmt: skip
-    main("--trial", "faster", "--clip 0.1", "--tasks", "Wind", "--seeds", "1")
-    assert calls == [("zoo", "own_tasks:Wind-v0", 1, "--clip 0.1")]
+    main("--trial", "faster=--clip=0.1", "--tasks", "Wind", "--seeds", "1")
+    assert calls == [("zoo", "own_tasks:Wind-v0", 1, "--clip=0.1")]
     assert main("--report") == [*told[-2:], ["Wind", "faster", "10", "±", "0", "10"]] and not calls
 
 
