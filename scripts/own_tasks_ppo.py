@@ -146,7 +146,8 @@ def report() -> None:
         found.setdefault((row["task"], row["side"]), []).append(float(row["eval_return"]))
     for (task, side), means in sorted(found.items()):
         each = " ".join(f"{mean:.4g}" for mean in means)
-        print(f"{task:<11} {side:<16} {np.mean(means):>10.4g} ± {np.std(means):<8.3g} {each}")
+        std = np.std(means, ddof=1) if len(means) > 1 else 0.0
+        print(f"{task:<11} {side:<16} {np.mean(means):>10.4g} ± {std:<8.3g} {each}")
 
 
 def main() -> None:

@@ -80,7 +80,7 @@ def test_the_measurement_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     told = main("--tasks", "Maze", "--seeds", "1", "3", "--side", "zoo", "sb3")
     assert calls == [("sb3", "own_tasks:Maze-v0", 1), ("sb3", "own_tasks:Maze-v0", 3)]
     assert told[-2:] == [
-        ["Maze", "sb3", "1", "±", "0", "1", "1"], ["Maze", "zoo", "20", "±", "10", "10", "30"]
+        ["Maze", "sb3", "1", "±", "0", "1", "1"], ["Maze", "zoo", "20", "±", "14.1", "10", "30"]
     ]  # fmt: skip
     main("--trial", "faster=--clip=0.1", "--tasks", "Wind", "--seeds", "1")
     assert calls == [("zoo", "own_tasks:Wind-v0", 1, "--clip=0.1")]
