@@ -136,8 +136,7 @@ def earlier_stages(argv: list[str], runs: Path) -> Path:
 def measure(table: str, method: str, seed: int, results: Path, runs: Path) -> None:
     """One run, unless its row is there."""
     path = results / f"{table}.csv"
-    rows = read(path)
-    if any((row["method"], row["seed"]) == (method, str(seed)) for row in rows):
+    if any((row["method"], row["seed"]) == (method, str(seed)) for row in read(path)):
         return
     agent, flags = TABLES[table][method]
     name = agent.__name__.rpartition(".")[2]
@@ -163,7 +162,7 @@ def measure(table: str, method: str, seed: int, results: Path, runs: Path) -> No
             write(results / f"{table}_{method}__{seed}.csv", curve(last))
     row = {"method": method, "seed": str(seed), "seconds": f"{clock:.0f}", "processor": f"{processor:.0f}"}
     row |= {"command": f"python zoo/{name}.py {flags}", "commit": commit[:7] + commit[40:], **values}
-    write(path, [*rows, row])
+    write(path, [*read(path), row])  # read again: another process may have added to it
     print(table, method, seed, values, f"{clock:.0f} s", flush=True)
 
 
