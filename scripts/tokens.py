@@ -4,7 +4,7 @@ over-optimisation of a reward model.
     python scripts/tokens.py count sort add ptx over          what is missing, one run after another
     python scripts/tokens.py count --methods ppo grpo --seeds 1 2
     python scripts/tokens.py --summary                  the tables as they stand in the README
-    python scripts/tokens.py --plot                     the figure of over-optimisation
+    python scripts/tokens.py --plot                     the figures of what is there
 
 A run's seed draws everything anew: the task's prompts on Count, the reference, the noise. The same command
 goes on where it was stopped.
@@ -12,7 +12,7 @@ goes on where it was stopped.
     RESULTS/TABLE.csv                   a row a run: command, last evaluation, seconds by clock and processor
                                         (of rlhf.py its last stage's)
     RESULTS/TABLE_METHOD__SEED.csv      of all but Count its curve
-    RESULTS/over_optimisation.png       needs the extra `plots`
+    RESULTS/over_optimisation.png, sort.png     needs the extra `plots`
     RUNS/                               supervised and reward models that several runs go on from
 """
 
@@ -189,11 +189,35 @@ def summary(results: Path) -> None:
                 print(f"| `{own[0]['command'][11:]}` | {len(own)} | {figures} |")
 
 
-def plot(results: Path) -> None:
-    """The reward model's score and the rule's reward against the KL, a colour a setting, a line a seed."""
-    import matplotlib
+def plot_sort(results: Path) -> None:
+    """The share of held-out prompts sorted without a mistake, a colour a method: its seeds and their mean."""
+    import matplotlib.pyplot as plt
 
-    matplotlib.use("Agg")
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for number, (method, (_, flags)) in enumerate(TABLES["sort"].items()):
+        curves = []
+        for path in sorted(results.glob(f"sort_{method}__*.csv")):
+            rows = [row for row in read(path) if row["eval_exact"]]
+            curves.append([(float(row["step"]), 100 * float(row["eval_exact"])) for row in rows])
+            axes.plot(*zip(*curves[-1], strict=True), color=f"C{number}", linewidth=0.7, alpha=0.5)
+        if curves:
+            together = zip(*curves, strict=True)
+            mean = [tuple(map(statistics.mean, zip(*points, strict=True))) for points in together]
+            name, count = TABLES["sort"][method][0].__name__.rpartition(".")[2], len(curves)
+            label = f"{name}.py {flags.removeprefix('--env Sort').strip()}, {count} seed{'s' * (count > 1)}"
+            axes.plot(*zip(*mean, strict=True), color=f"C{number}", linewidth=2, label=label)
+    axes.set(
+        title="Sort: 8 digits, prompts held out", ylabel="sorted without a mistake, %", ylim=(0, 100),
+        xlabel="responses written (DPO: comparisons visited)",
+    )  # fmt: skip
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(results / "sort.png", dpi=110)
+
+
+def plot_over_optimisation(results: Path) -> None:
+    """The reward model's score and the rule's reward against the KL, a colour a setting, a line a seed."""
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
@@ -227,7 +251,7 @@ def main() -> int:
     parser.add_argument("--methods", nargs="*", help="only these of each table")
     parser.add_argument("--seeds", nargs="*", type=int, help="1 to 5 on Count, else 1 to 3")
     parser.add_argument("--summary", action="store_true", help="print the tables")
-    parser.add_argument("--plot", action="store_true", help="draw the figure of over-optimisation")
+    parser.add_argument("--plot", action="store_true", help="draw the figures of what is there")
     parser.add_argument("--results", type=Path, default=Path("results/tokens"), help="where they are kept")
     parser.add_argument("--runs", type=Path, default=Path("runs/tokens"), help="where shared stages are kept")
     args = parser.parse_args()
@@ -246,7 +270,12 @@ def main() -> int:
     if args.summary:
         summary(args.results)
     if args.plot:
-        plot(args.results)
+        import matplotlib
+
+        matplotlib.use("Agg")
+        for table, draw in (("over", plot_over_optimisation), ("sort", plot_sort)):
+            if any(args.results.glob(f"{table}_*__*.csv")):
+                draw(args.results)
     return 0
 
 

@@ -23,6 +23,7 @@ def script(monkeypatch):
         "over": {
             f"pairs64_beta{beta}_models1": (rlhf, f"{SORT} --beta {beta}") for beta in ("0", "0.3")
         },
+        "sort": {"grpo": (grpo_tokens, f"--env Sort --digits 3 --supervised-steps 2 {TINY} --eval-every 32")},
     }  # fmt: skip
     monkeypatch.setattr(script, "TABLES", tables)
     return script
@@ -67,12 +68,32 @@ def test_runs_share_a_reward_model_and_are_drawn(script, monkeypatch, tmp_path, 
     assert [point["step"] for point in curve] == ["32", "64"] and float(curve[1]["score"]) != 0
 
 
+def test_curves_of_sort_are_drawn_with_their_mean(script, monkeypatch, tmp_path):
+    """A thin line a seed and a thick one between them; of over-optimisation, not measured here, nothing."""
+    import matplotlib.pyplot as plt
+
+    assert call(script, monkeypatch, tmp_path, "sort", "--seeds", "1", "2") == 0
+    path = tmp_path / "results" / "sort_grpo__2.csv"
+    rows = script.read(path)
+    script.write(path, [row | {"eval_exact": row["eval_exact"] and "0.5"} for row in rows])
+    plt.close("all")
+    assert call(script, monkeypatch, tmp_path, "--plot") == 0
+    assert [path.name for path in (tmp_path / "results").glob("*.png")] == ["sort.png"]
+    first, second, mean = plt.gcf().axes[0].lines
+    assert list(second.get_xdata()) == [32, 64] and list(second.get_ydata()) == [50, 50]
+    own = [float(row["eval_exact"]) for row in script.read(tmp_path / "results" / "sort_grpo__1.csv")]
+    assert list(first.get_ydata()) == [100 * exact for exact in own]
+    assert list(mean.get_ydata()) == [(100 * exact + 50) / 2 for exact in own]
+    assert mean.get_label().startswith("grpo_tokens.py --digits 3 ")
+    assert mean.get_label().endswith("--eval-every 32, 2 seeds")
+
+
 def test_what_there_is_not_is_refused(script, monkeypatch, tmp_path, capsys):
     assert call(script, monkeypatch, tmp_path, "counts") == 2
     assert call(script, monkeypatch, tmp_path, "count", "--methods", "dpo") == 2
     errors = capsys.readouterr().err.splitlines()
     assert errors == [
-        "error: counts: there is no such; there are count, over",
+        "error: counts: there is no such; there are count, over, sort",
         "error: dpo: there is no such; there are grpo, ppo",
     ]
     assert not (tmp_path / "results").exists()
