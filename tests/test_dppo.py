@@ -28,7 +28,7 @@ from zoo.dppo import ActorCritic, Args, DenoisingSteps, chunk_gae, two_level
 
 SMALL = dict(
     hidden=(16, 16), denoising_steps=3, clone_steps=40, clone_batch=16, data_steps=200, num_envs=4,
-    num_steps=8, num_epochs=2, minibatch_size=32, total_steps=96, eval_every=32, eval_episodes=2,
+    num_steps=8, num_epochs=2, minibatch_size=8, total_steps=96, eval_every=32, eval_episodes=2,
     env_threads=1, compile=False, progress=False, device="cpu",
 )  # fmt: skip
 
@@ -353,7 +353,7 @@ def test_a_diffusion_policy_keeps_two_modes_where_a_gaussian_has_their_mean(poli
 
 def test_compiled_equals_eager():
     """Both updates, whole passes of minibatches."""
-    args = small(minibatch_size=9, hidden=(8,))
+    args = small(minibatch_size=3, hidden=(8,))
     net, schedule, params, forward, obs, _, chain = chains(args, count=9, action_dim=2)
     rows = dppo.denoising_rows(net, schedule, obs, chain)
     *rest, old = (row.detach() for row in rows)
@@ -388,7 +388,7 @@ def test_a_clone_is_improved(policy, source, tmp_path):
     """From a clone that plays near 4 to a = 4 + o, where the reward is 0: the table has both ends."""
     result = dppo.train(small(
         **TASK, policy=policy, data=str(source), run_dir=str(tmp_path / "run"), num_envs=16, num_steps=16,
-        clone_steps=400, total_steps=6400, num_epochs=5, minibatch_size=128, learning_rate=3e-3, gamma=0.0,
+        clone_steps=400, total_steps=6400, num_epochs=5, minibatch_size=64, learning_rate=3e-3, gamma=0.0,
         eval_every=3200, eval_episodes=50, hidden=(32, 32),
     ))  # fmt: skip
     table = command.rows(tmp_path / "run")
@@ -530,7 +530,7 @@ def test_non_finite_rewards_stop_the_run(tmp_path):
             "--chunk 300 is longer than an episode of Pendulum-v1, 200 steps",
         ),
         (dict(chunk=2), "--chunk 2: the longest episode of the data has 1 steps"),
-        (dict(minibatch_size=97), "--minibatch-size 97 is more than the denoising steps of a rollout, 96"),
+        (dict(minibatch_size=33), r"--minibatch-size 33 is more than the actions .* of a rollout, 32"),
         (dict(clone_steps=-1), "--clone-steps must be at least 0, not -1"),
         (dict(warmup=-1), "--warmup must be at least 0, not -1"),
     ],

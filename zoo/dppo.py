@@ -77,7 +77,7 @@ class Args(RunArgs):
     num_envs: int = 8  # environments stepped together, N
     num_steps: int = 128  # steps of each environment between updates, T
     num_epochs: int = 10  # passes over a batch
-    minibatch_size: int = 512  # denoising steps in a gradient step; at most N x T x K
+    minibatch_size: int = 64  # of actions (chunks), so that a gradient step has K times as many rows
     warmup: int = 1  # updates at first in which the critic learns alone
     learning_rate: float = 1e-3  # Adam's
     anneal: bool = True  # let the learning rate fall linearly to 0 over the run
@@ -98,14 +98,14 @@ class Args(RunArgs):
 
     @property
     def rows(self) -> int:
-        """Denoising steps of an epoch, whole minibatches: an update has them at least, whatever ends when."""
+        """Denoising steps of an epoch, in whole minibatches: a rollout has them, wherever episodes end."""
         decisions = self.num_envs * -(-self.num_steps // self.chunk)
-        return decisions * self.chain // self.minibatch_size * self.minibatch_size
+        return decisions // self.minibatch_size * self.minibatch_size * self.chain
 
 
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
 SETTINGS: dict[str, dict] = {
-    "Pendulum-v1": dict(gamma=0.98, eval_episodes=100),
+    "Pendulum-v1": dict(gamma=0.98, min_std=0.4, num_epochs=20, eval_episodes=100),
     "Hopper-v4": dict(total_steps=1_000_000, num_envs=64, num_steps=32, eval_every=100_000),
 }  # fmt: skip
 
@@ -301,7 +301,8 @@ def fine_tune(
         grad, grad_norm = clip_grad(grad, args.max_grad_norm)
         return adam(params, grad, opt, learning_rate), metrics | {"grad_norm": grad_norm}
 
-    minibatches = DenoisingSteps(*(column[order].unflatten(0, (-1, args.minibatch_size)) for column in batch))
+    size = args.minibatch_size * args.chain
+    minibatches = DenoisingSteps(*(column[order].unflatten(0, (-1, size)) for column in batch))
     (params, opt), metrics = scan(step, (params, opt), minibatches)
     return params, opt, {name: column.mean() for name, column in metrics.items()}
 
@@ -502,8 +503,8 @@ def check(args: Args) -> None:
     )
     require(
         args.rows > 0,
-        f"--minibatch-size {args.minibatch_size} is more than the denoising steps of a rollout, "
-        f"{args.num_envs * -(-args.num_steps // args.chunk) * args.chain}",
+        f"--minibatch-size {args.minibatch_size} is more than the actions (chunks) of a rollout, "
+        f"{args.num_envs * -(-args.num_steps // args.chunk)}",
     )
 
 
