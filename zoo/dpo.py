@@ -80,8 +80,8 @@ class Args(RunArgs):
 # What differs by task; a flag wins over it.
 SETTINGS: dict[str, dict] = {
     "Count": dict(
-        supervised_steps=0, eval_every=0, reference_scale=2.0, dim=32, comparisons=20_000, learning_rate=2e-3,
-        temperature=1.0,
+        supervised_steps=0, eval_every=0, reference_scale=2.0, dim=32, comparisons=20_000, batch_size=64,
+        learning_rate=2e-3, temperature=1.0,
     ),
     "Add": dict(supervised_steps=200),
 }  # fmt: skip

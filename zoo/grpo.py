@@ -84,7 +84,10 @@ class Args(RunArgs):
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
 SETTINGS: dict[str, dict] = {
     "CartPole-v1": dict(total_steps=200_000, eval_every=20_000),
-    "Pendulum-v1": dict(total_steps=500_000, group_size=16, eval_every=50_000, eval_episodes=100),
+    "Pendulum-v1": dict(
+        total_steps=500_000, group_size=16, learning_rate=2e-3, log_std=0.0, normalize_obs=False,
+        eval_every=50_000, eval_episodes=100,
+    ),
     "Acrobot-v1": dict(eval_episodes=100),
 }  # fmt: skip
 

@@ -90,6 +90,7 @@ SETTINGS: dict[str, dict] = {
         # below the first gradients' norm: Adam would remember how large they were, and take small steps
         max_grad_norm=0.05,
     ),
+    "Sort": dict(total_steps=81_920),
     "Add": dict(supervised_steps=200, total_steps=102_400),
 }  # fmt: skip
 

@@ -54,8 +54,8 @@ from zoo.common.seeding import env_seeds, generator_seed
 class Args(RunArgs):
     kept: ClassVar = (*RunArgs.kept, "hidden", "shared_network", "log_std", "kl_coef")
 
-    num_envs: int = 64  # environments stepped together, N
-    num_steps: int = 32  # steps of each environment between updates, T; a batch is N x T transitions
+    num_envs: int = 8  # environments stepped together, N
+    num_steps: int = 256  # steps of each environment between updates, T; a batch is N x T transitions
     num_epochs: int = 10  # passes over a batch
     minibatch_size: int = 64  # transitions in a gradient step; must divide N x T
     learning_rate: float = 3e-4  # Adam's
@@ -86,10 +86,15 @@ class Args(RunArgs):
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
 SETTINGS: dict[str, dict] = {
     # long runs, in which the size of an advantage says something, and little noise is enough
-    **{f"{task}-v4": dict(recompute_advantages=True, normalize_advantages=False, log_std=-1.0) for task in (
-        "HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "HumanoidStandup", "Swimmer", "Reacher",
-        "Pusher", "InvertedPendulum", "InvertedDoublePendulum",
-    )},
+    **{
+        f"{task}-v4": dict(
+            num_envs=64, num_steps=32, recompute_advantages=True, normalize_advantages=False, log_std=-1.0,
+        )
+        for task in (
+            "HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "HumanoidStandup", "Swimmer", "Reacher",
+            "Pusher", "InvertedPendulum", "InvertedDoublePendulum",
+        )
+    },
     "CartPole-v1": dict(
         total_steps=100_000, num_envs=32, num_steps=32, minibatch_size=256, learning_rate=2e-3,
         normalize_obs=False, eval_every=20_000,
