@@ -38,7 +38,8 @@ Row = dict[str, str]
 
 RULE = "--reward rule"
 REINFORCE = (
-    "--no-critic --batch-size 256 --num-epochs 1 --num-minibatches 1 --learning-rate 8e-3 --max-grad-norm 0.05"
+    "--no-critic --batch-size 256 --num-epochs 1 --num-minibatches 1 "
+    "--learning-rate 8e-3 --max-grad-norm 0.05"
 )
 PAPER = "--std --length response --kl k3 --kl-in loss --kl-level token"
 TWO_TASKS = "--supervised-steps 400 --other 0.9"  # reversing is learned well, sorting badly
