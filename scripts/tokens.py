@@ -207,7 +207,8 @@ def plot_sort(results: Path) -> None:
             together = zip(*curves, strict=True)
             mean = [tuple(map(statistics.mean, zip(*points, strict=True))) for points in together]
             name, count = TABLES["sort"][method][0].__name__.rpartition(".")[2], len(curves)
-            label = f"{name}.py {flags.removeprefix('--env Sort').strip()}, {count} seed{'s' * (count > 1)}"
+            command = f"{name}.py {flags.removeprefix('--env Sort').strip()}".strip()
+            label = f"{command}, {count} seed{'s' * (count > 1)}"
             axes.plot(*zip(*mean, strict=True), color=f"C{number}", linewidth=2, label=label)
     axes.set(
         title="Sort: 8 digits, prompts held out", ylabel="sorted without a mistake, %", ylim=(0, 100),

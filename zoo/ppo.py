@@ -59,7 +59,7 @@ class Args(RunArgs):
     num_epochs: int = 10  # passes over a batch
     minibatch_size: int = 64  # transitions in a gradient step; must divide N x T
     learning_rate: float = 3e-4  # Adam's
-    anneal: bool = True  # let the learning rate fall linearly to 0 over the run
+    anneal: bool = False  # let the learning rate fall linearly to 0 over the run
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # GAE's lambda: 0 trusts the critic (one-step TD), 1 the rewards (Monte Carlo)
     recompute_advantages: bool = False  # values and advantages anew before each epoch
@@ -88,7 +88,8 @@ SETTINGS: dict[str, dict] = {
     # long runs, in which the size of an advantage says something, and little noise is enough
     **{
         f"{task}-v4": dict(
-            num_envs=64, num_steps=32, recompute_advantages=True, normalize_advantages=False, log_std=-1.0,
+            num_envs=64, num_steps=32, anneal=True, recompute_advantages=True, normalize_advantages=False,
+            log_std=-1.0,
         )
         for task in (
             "HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "HumanoidStandup", "Swimmer", "Reacher",
@@ -97,21 +98,23 @@ SETTINGS: dict[str, dict] = {
     },
     "CartPole-v1": dict(
         total_steps=100_000, num_envs=32, num_steps=32, minibatch_size=256, learning_rate=2e-3,
-        normalize_obs=False, eval_every=20_000,
+        anneal=True, normalize_obs=False, eval_every=20_000,
     ),
     "Acrobot-v1": dict(
-        num_envs=16, num_steps=256, gae_lambda=0.94, recompute_advantages=True, eval_episodes=100,
+        num_envs=16, num_steps=256, anneal=True, gae_lambda=0.94, recompute_advantages=True,
+        eval_episodes=100,
     ),
     "MountainCar-v0": dict(
-        num_envs=16, num_steps=64, gae_lambda=0.98, recompute_advantages=True, eval_episodes=100,
+        num_envs=16, num_steps=64, anneal=True, gae_lambda=0.98, recompute_advantages=True,
+        eval_episodes=100,
     ),
     "MountainCarContinuous-v0": dict(
-        total_steps=20_000, num_envs=8, num_steps=64, learning_rate=1e-3, gamma=0.999,
+        total_steps=20_000, num_envs=8, num_steps=64, learning_rate=1e-3, anneal=True, gamma=0.999,
         recompute_advantages=True, normalize_advantages=False, eval_every=5_000,
     ),
     "Pendulum-v1": dict(
-        total_steps=100_000, num_envs=8, num_steps=128, num_epochs=20, learning_rate=1e-3, gamma=0.98,
-        recompute_advantages=True, normalize_advantages=False, log_std=-0.5, eval_every=20_000,
+        total_steps=100_000, num_envs=8, num_steps=128, num_epochs=20, learning_rate=1e-3, anneal=True,
+        gamma=0.98, recompute_advantages=True, normalize_advantages=False, log_std=-0.5, eval_every=20_000,
         eval_episodes=100,
     ),
 }  # fmt: skip
