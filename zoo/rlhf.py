@@ -16,8 +16,8 @@ evaluations say how far off the policy is: gap = (J* - J) / (J* - J(ref)). Where
 that optimum is reached: k1 in the reward reaches it, k1 as a loss is noise, k3 as a loss has another optimum
 (--kl, --kl-in; zoo/common/kl.py says why).
 
-    python zoo/rlhf.py --env Count --reward rule       the gap falls from 1 to 0.015 .. 0.023 (3 seeds)
-    python zoo/rlhf.py --env Sort --reward rule        8 digits, from a model that sorts one in twenty
+    python zoo/rlhf.py --env Count --reward rule       the gap falls from 1 to 0.015 .. 0.027 (5 seeds)
+    python zoo/rlhf.py --env Sort --reward rule        8 digits, from 5% sorted to 95% (3 seeds)
     python zoo/rlhf.py --env Sort                      paid by a reward model of 10,000 comparisons
     python zoo/rlhf.py --env Sort --stage ppo --earlier DIR --run-dir NEW     on DIR's first two stages
 """
