@@ -55,7 +55,10 @@ COLUMNS = ("quantity", "agent", "against", "task", "x", "value", "low", "high")
 EPISODES = 100  # of random play
 BEGINS_TRAINED = {"dppo"}  # its environment steps begin with a clone, no untrained agent
 # zoo/README.md walks from one agent to the next, on this task
-TOUR_TASK, TOUR = "HalfCheetah-v4", ("reinforce", "actor_critic", "trpo", "ppo", "sac")
+TOUR_TASK, TOUR = (
+    "HalfCheetah-v4",
+    (*itertools.pairwise(("reinforce", "actor_critic", "trpo", "ppo", "sac")), ("ppo", "preferences")),
+)
 
 
 @dataclass
@@ -528,7 +531,7 @@ def pictures(rows: Sequence[Row], results: Path) -> list[Picture]:
             both = [original[0].folder, row.folder]
             found.append(Picture(out, both, labels, f"{row.agent} {row.changed} on {row.task}"))
     toured = {row.agent: row for row in rows if row.task == TOUR_TASK and not row.variant}
-    for before, after in itertools.pairwise(TOUR):
+    for before, after in TOUR:
         if before in toured and after in toured:
             folders = [toured[name].folder for name in (before, after)]
             caption = f"{after} and {before} on {TOUR_TASK}"
