@@ -849,7 +849,7 @@ def test_a_stopped_run_resumed_equals_one_that_was_not(tmp_path, monkeypatch):
 def test_a_finished_run_can_be_resumed_and_says_so_or_ends_at_once(tmp_path, command_line):
     """There is nothing left to do (total steps are no multiple of the batch here, whose last one was taken):
     no traceback, and the files stay whole."""
-    ppo.train(small(tmp_path, "probe/Act-v0", total_steps=300, num_epochs=1))
+    ppo.train(small(tmp_path, "probe/Act-v0", total_steps=300, num_epochs=1, anneal=True))
     table = rows(tmp_path)
     assert [row["step"] for row in table] == ["128", "256", "384"]
     assert float(table[-1]["learning_rate"]) == pytest.approx(1e-2 * (1 - 256 / 300), rel=1e-5)
