@@ -39,7 +39,7 @@ import numpy as np
 import plot
 import tyro
 
-from zoo.common.args import RunArgs, require
+from zoo.common.args import RunArgs, as_words, require
 from zoo.common.envs import make_envs
 from zoo.common.errors import RunFault, UsageError
 from zoo.common.evaluate import Evaluation, evaluate
@@ -105,12 +105,6 @@ def short(commit: str | None) -> str:
     return code[:7] + dash + dirty
 
 
-def flag(name: str, value: Any) -> str:
-    """An argument as the command line has it."""
-    name = name.replace("_", "-")
-    return f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {value}"
-
-
 def read_row(folder: Path, results: Path) -> Row:
     """A line of the table. Raises UsageError where meta.json is not as benchmark.py writes it."""
     seeds = benchmark.read_seeds(folder)
@@ -122,7 +116,7 @@ def read_row(folder: Path, results: Path) -> Row:
     if variant and (original / "meta.json").exists():
         before = next(iter(benchmark.read_seeds(original).values()))["args"]
         names = sorted((args.keys() & before.keys()) - benchmark.BOOKKEEPING)
-        changed = " ".join(flag(n, args[n]) for n in names if args[n] != before[n])
+        changed = " ".join(word for n in names if args[n] != before[n] for word in as_words(n, args[n]))
     traced = all(benchmark.is_in_history(commit, benchmark.REPOSITORY) for commit in commits)
     return Row(
         agent, folder.name, "/".join(variant), folder, int(args["total_steps"]),

@@ -197,7 +197,7 @@ def plot_sort(results: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4))
-    for number, (method, (_, flags)) in enumerate(TABLES["sort"].items()):
+    for number, (method, (agent, flags)) in enumerate(TABLES["sort"].items()):
         curves = []
         for path in sorted(results.glob(f"sort_{method}__*.csv")):
             rows = [row for row in read(path) if row["eval_exact"]]
@@ -206,7 +206,7 @@ def plot_sort(results: Path) -> None:
         if curves:
             together = zip(*curves, strict=True)
             mean = [tuple(map(statistics.mean, zip(*points, strict=True))) for points in together]
-            name, count = TABLES["sort"][method][0].__name__.rpartition(".")[2], len(curves)
+            name, count = agent.__name__.rpartition(".")[2], len(curves)
             command = f"{name}.py {flags.removeprefix('--env Sort').strip()}".strip()
             label = f"{command}, {count} seed{'s' * (count > 1)}"
             axes.plot(*zip(*mean, strict=True), color=f"C{number}", linewidth=2, label=label)

@@ -47,7 +47,7 @@ import numpy as np
 import tyro
 
 import zoo
-from zoo.common.args import RunArgs, flag, lookup_in, require
+from zoo.common.args import RunArgs, as_words, flag, lookup_in, require
 from zoo.common.cli import parse
 from zoo.common.envs import make_single
 from zoo.common.errors import RunFault, UsageError
@@ -293,12 +293,7 @@ def command(agent: str, env: str, values: dict[str, Any]) -> str:
     """What runs the agent so."""
     words = ["python", f"zoo/{agent}.py", "--env", env]
     for name, value in values.items():
-        if isinstance(value, bool):
-            words.append(flag(name) if value else flag(f"no_{name}"))
-        elif isinstance(value, tuple):
-            words += [flag(name), *map(str, value)]
-        else:
-            words += [flag(name), f"{value:.6g}" if isinstance(value, float) else str(value)]
+        words += as_words(name, value)
     return shlex.join(words)
 
 

@@ -295,10 +295,3 @@ def test_what_is_missing_is_named(made, monkeypatch, capsys):
 def test_a_report_without_statistics_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"holds no report\.csv"):
         report.read_statistics(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("value", "flag"), [(True, "--on-it"), (False, "--no-on-it"), (0.5, "--on-it 0.5"), (1, "--on-it 1")]
-)
-def test_what_a_variant_changes_is_named_as_the_command_line_has_it(value, flag):
-    assert report.flag("on_it", value) == flag

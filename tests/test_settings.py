@@ -21,7 +21,7 @@ from zoo import (
     sac,
     trpo,
 )  # fmt: skip
-from zoo.common.args import flag, settings, settings_for
+from zoo.common.args import as_words, flag, settings, settings_for
 from zoo.common.cli import parse
 from zoo.common.envs import make_single
 from zoo.common.errors import UsageError
@@ -165,3 +165,18 @@ def test_a_missing_package_is_named(monkeypatch):
         make_single("ALE/Pong-v5")
     advice = "pip install ale-py and give --env ale_py:ALE/Pong-v5"
     assert str(caught.value) == f"--env ALE/Pong-v5 needs the package ale-py: {advice}"
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (True, ["--on-it"]),
+        (False, ["--no-on-it"]),
+        (0.00123456789, ["--on-it", "0.00123457"]),
+        (1, ["--on-it", "1"]),
+        ((32, 16), ["--on-it", "32", "16"]),
+        ([32, 16], ["--on-it", "32", "16"]),
+    ],
+)
+def test_an_argument_as_the_command_line_has_it(value, words):
+    assert as_words("on_it", value) == words

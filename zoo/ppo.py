@@ -14,8 +14,8 @@ pi_old(a_t|s_t):
     V's target R_t = A_t + V(s_t), from the raw advantage, never the normalised one
     loss    = -L + c1 E[(V(s_t) - R_t)^2] - c2 E[H(pi(.|s_t))]
 
-With --recompute-advantages they are estimated anew with the improving critic before each epoch (Andrychowicz
-et al. 2021, arXiv:2006.05990), as most tasks in SETTINGS have it.
+Advantages are recomputed with the improving critic before each epoch (Andrychowicz et al. 2021,
+arXiv:2006.05990).
 
     python zoo/ppo.py --env HalfCheetah-v4
     python zoo/ppo.py --env CartPole-v1 --seed 2
@@ -54,15 +54,15 @@ from zoo.common.seeding import env_seeds, generator_seed
 class Args(RunArgs):
     kept: ClassVar = (*RunArgs.kept, "hidden", "shared_network", "log_std", "kl_coef")
 
-    num_envs: int = 8  # environments stepped together, N
-    num_steps: int = 256  # steps of each environment between updates, T; a batch is N x T transitions
+    num_envs: int = 64  # environments stepped together, N
+    num_steps: int = 32  # steps of each environment between updates, T; a batch is N x T transitions
     num_epochs: int = 10  # passes over a batch
     minibatch_size: int = 64  # transitions in a gradient step; must divide N x T
     learning_rate: float = 3e-4  # Adam's
-    anneal: bool = False  # let the learning rate fall linearly to 0 over the run
+    anneal: bool = True  # let the learning rate fall linearly to 0 over the run
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # GAE's lambda: 0 trusts the critic (one-step TD), 1 the rewards (Monte Carlo)
-    recompute_advantages: bool = False  # values and advantages anew before each epoch
+    recompute_advantages: bool = True  # values and advantages anew before each epoch
     normalize_advantages: bool = True  # mean 0 and standard deviation 1 in each minibatch
     # what keeps the new policy near the old one
     surrogate: Literal["clip", "kl", "adaptive-kl", "unclipped"] = "clip"
@@ -86,36 +86,27 @@ class Args(RunArgs):
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
 SETTINGS: dict[str, dict] = {
     # long runs, in which the size of an advantage says something, and little noise is enough
-    **{
-        f"{task}-v4": dict(
-            num_envs=64, num_steps=32, anneal=True, recompute_advantages=True, normalize_advantages=False,
-            log_std=-1.0,
-        )
-        for task in (
-            "HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "HumanoidStandup", "Swimmer", "Reacher",
-            "Pusher", "InvertedPendulum", "InvertedDoublePendulum",
-        )
-    },
+    **{f"{task}-v4": dict(normalize_advantages=False, log_std=-1.0) for task in (
+        "HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "HumanoidStandup", "Swimmer", "Reacher",
+        "Pusher", "InvertedPendulum", "InvertedDoublePendulum",
+    )},
     "CartPole-v1": dict(
         total_steps=100_000, num_envs=32, num_steps=32, minibatch_size=256, learning_rate=2e-3,
-        anneal=True, normalize_obs=False, eval_every=20_000,
+        recompute_advantages=False, normalize_obs=False, eval_every=20_000,
     ),
     "Acrobot-v1": dict(
-        num_envs=16, num_steps=256, anneal=True, gae_lambda=0.94, recompute_advantages=True,
-        eval_episodes=100,
+        num_envs=16, num_steps=256, gae_lambda=0.94, eval_episodes=100,
     ),
     "MountainCar-v0": dict(
-        num_envs=16, num_steps=64, anneal=True, gae_lambda=0.98, recompute_advantages=True,
-        eval_episodes=100,
+        num_envs=16, num_steps=64, gae_lambda=0.98, eval_episodes=100,
     ),
     "MountainCarContinuous-v0": dict(
-        total_steps=20_000, num_envs=8, num_steps=64, learning_rate=1e-3, anneal=True, gamma=0.999,
-        recompute_advantages=True, normalize_advantages=False, eval_every=5_000,
+        total_steps=20_000, num_envs=8, num_steps=64, learning_rate=1e-3, gamma=0.999,
+        normalize_advantages=False, eval_every=5_000,
     ),
     "Pendulum-v1": dict(
-        total_steps=100_000, num_envs=8, num_steps=128, num_epochs=20, learning_rate=1e-3, anneal=True,
-        gamma=0.98, recompute_advantages=True, normalize_advantages=False, log_std=-0.5, eval_every=20_000,
-        eval_episodes=100,
+        total_steps=100_000, num_envs=8, num_steps=128, num_epochs=20, learning_rate=1e-3, gamma=0.98,
+        normalize_advantages=False, log_std=-0.5, eval_every=20_000, eval_episodes=100,
     ),
 }  # fmt: skip
 

@@ -110,6 +110,15 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def as_words(name: str, value: Any) -> list[str]:
+    """An argument as the command line has it, word by word."""
+    if isinstance(value, bool):
+        return [flag(name if value else f"no_{name}")]
+    if isinstance(value, (tuple, list)):
+        return [flag(name), *map(str, value)]
+    return [flag(name), f"{value:.6g}" if isinstance(value, float) else str(value)]
+
+
 def require(condition: bool, message: str) -> None:
     """Raise UsageError(message) unless the condition holds."""
     if not condition:
