@@ -101,8 +101,10 @@ def test_later_rounds_are_written_by_the_policy_of_then(whole, tmp_path):
     run(dpo, *TINY, "--online", "1", "--run-dir", str(tmp_path))
     for folder in (whole, tmp_path):
         state = torch.load(folder / "checkpoint.pt", weights_only=True)["state"]
-        assert torch.equal(state["writer"], state["ref"]) == (folder == tmp_path)
-        assert not torch.equal(state["writer"], state["params"])
+        first, last = state["writers"][0], state["writers"][-1]
+        assert torch.equal(first, state["ref"])
+        assert torch.equal(last, state["ref"]) == (folder == tmp_path)
+        assert not torch.equal(last, state["params"])
 
 
 def stopped_at(step, *arguments):

@@ -9,11 +9,12 @@ likelihood of a labeller's choices is a function of the policy: no reward model,
     its gradient      -beta E[sigmoid(R_l - R_w) (grad log pi(y_w) - grad log pi(y_l))]: by how wrong R is
 
 Only the difference counts: the chosen response's own likelihood may fall, and does on pairs drawn once.
---online K has the present policy write fresh pairs K times. Variants: --label-smoothing (a share of the
-labels is taken for wrong), --length-norm (R a token), --reference-free (R = beta log pi).
+--online K has the present policy write fresh pairs K times, and goes on with all pairs so far. Variants:
+--label-smoothing (a share of the labels is taken for wrong), --length-norm (R a token), --reference-free
+(R = beta log pi).
 
     python zoo/dpo.py --env Count                      20,000 comparisons; evaluations give the exact gap
-    python zoo/dpo.py --env Count --online 4           as many visits, of fresh pairs
+    python zoo/dpo.py --env Count --online 4           as many, written round by round
     python zoo/dpo.py --env Sort                       from a weak supervised model
 """
 
@@ -53,7 +54,7 @@ class Args(RunArgs):
     other: float = 0.0  # share of the demonstrations that are another task's: reversing (Sort only)
     reference_scale: float = 1.0  # factor on the first logits: how decided an untrained policy is
     comparisons: int = 10_000  # pairs labelled, over all rounds
-    online: int = 1  # rounds: before each the present policy writes its share of the pairs
+    online: int = 1  # rounds: before each the present policy adds its share of the pairs
     temperature: float = 0.1  # of the labeller: how large a difference of rewards is surely seen
     label_error: float = 0.0  # share of labels turned round
     batch_size: int = 256  # comparisons in a gradient step
@@ -270,7 +271,7 @@ class State(NamedTuple):
 
     params: Tensor  # the policy's
     ref: Tensor  # the reference's
-    writer: Tensor  # those of the policy that wrote this round's pairs
+    writers: Tensor  # (K, P): of each round so far those that wrote its pairs; then the last's again
     opt: Moments
     generator: torch.Generator  # of the order of the pairs
 
@@ -422,21 +423,24 @@ def train(args: Args) -> float:
     update = compile_function(update, device, args.compile)
     run = Run(args, "dpo", make_measure(task, policy, ref, args), unit="comparisons")
     generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "order"))
-    state = run.restore(State(params, ref, ref, new_adam(params), generator))
-    drawn, visits = -1, args.total_steps // args.online
+    writers = ref.new_zeros(args.online, len(ref))
+    state = run.restore(State(params, ref, writers, new_adam(params), generator))
+    rounds: list[Pairs] = []
+    visits = args.total_steps // args.online
 
     while run.step + args.batch_size <= args.total_steps:
-        params, ref, writer, opt, _ = state
+        params, ref, writers, opt, _ = state
         round_ = min(run.step // visits, args.online - 1)
-        if round_ != drawn:
+        if len(rounds) <= round_:
             if run.step - round_ * visits < args.batch_size:  # its first step, and no resumed run's
-                writer = params
-            pairs, drawn = draw_pairs(writer, round_), round_
+                writers = torch.cat((writers[:round_], params.expand(args.online - round_, -1)))
+            rounds += [draw_pairs(writers[k], k) for k in range(len(rounds), round_ + 1)]
+            pairs = Pairs(*(torch.cat(column) for column in zip(*rounds, strict=True)))
         remaining = 1 - run.step / args.total_steps
         learning_rate = torch.tensor(args.learning_rate * (remaining if args.anneal else 1.0), device=device)
         index = torch.randint(len(pairs.prompt), (args.batch_size,), generator=generator, device=device)
         params, opt, metrics = update(params, opt, Pairs(*(x[index] for x in pairs)), learning_rate)
-        state = State(params, ref, writer, opt, generator)
+        state = State(params, ref, writers, opt, generator)
         metrics |= {"round": torch.tensor(round_), "learning_rate": learning_rate}
         run.report(run.step + args.batch_size, state, {"params": params}, metrics, [])
     return run.finish(state, {"params": state.params})
