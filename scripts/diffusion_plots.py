@@ -206,6 +206,7 @@ def draw_keeps(curves: Curves, out: Path) -> None:
     """Reward, pretraining loss and path KL over training with a KL, a pretraining loss, both, and neither."""
     import numpy as np
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter
 
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for name, label in KEEPS.items():
@@ -220,8 +221,9 @@ def draw_keeps(curves: Curves, out: Path) -> None:
     titles = ("reward", "pretraining loss on held-out data", "KL of the path to the reference")
     for panel, title in zip(axes, titles, strict=True):
         panel.set(title=title, xlabel="chains", yscale="linear" if title == "reward" else "log")
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         panel.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(out, dpi=120)
     pyplot.close(figure)
 
