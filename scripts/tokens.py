@@ -215,7 +215,7 @@ def plot_sort(results: Path) -> None:
         xlabel="responses written (DPO: comparisons visited)",
     )  # fmt: skip
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="center right")
     figure.tight_layout()
     figure.savefig(results / "sort.png", dpi=110)
 
