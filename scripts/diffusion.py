@@ -43,7 +43,7 @@ class Experiment(NamedTuple):
     seeds: int = 5
 
 
-DATA_COEF = 10
+DATA_COEF = 0.1
 CLIPPED = "--method is --num-epochs 4 --minibatch-size 1280 --total-steps 51200"
 EXPERIMENTS: dict[str, Experiment] = {
     "line_return": Experiment("ddpo"),
