@@ -106,7 +106,9 @@ class Args(RunArgs):
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
 SETTINGS: dict[str, dict] = {
     "Pendulum-v1": dict(gamma=0.98, min_std=0.4, num_epochs=20, eval_episodes=100),
-    "Hopper-v4": dict(total_steps=1_000_000, num_envs=64, num_steps=32, eval_every=100_000),
+    "Hopper-v4": dict(
+        total_steps=1_000_000, num_envs=64, num_steps=32, learning_rate=3e-4, eval_every=100_000,
+    ),
 }  # fmt: skip
 
 

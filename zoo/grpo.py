@@ -89,6 +89,8 @@ SETTINGS: dict[str, dict] = {
         eval_every=50_000, eval_episodes=100,
     ),
     "Acrobot-v1": dict(eval_episodes=100),
+    # long episodes: few in a batch, so that there are many updates, and what follows a step its reward
+    "HalfCheetah-v4": dict(advantage="to-go", gamma=0.99, num_envs=8),
 }  # fmt: skip
 
 
