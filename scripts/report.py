@@ -27,10 +27,11 @@ import importlib
 import importlib.util
 import io
 import itertools
+import json
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,8 +114,13 @@ def read_row(folder: Path, results: Path) -> Row:
     commits = tuple(dict.fromkeys(entry["commit"] for entry in seeds.values()))
     args, changed = next(iter(seeds.values()))["args"], ""
     original = results / agent / folder.name
-    if variant and (original / "meta.json").exists():
-        before = next(iter(benchmark.read_seeds(original).values()))["args"]
+    if variant:
+        if (original / "meta.json").exists():
+            before = next(iter(benchmark.read_seeds(original).values()))["args"]
+        else:  # the agent as it is was not run on this task
+            script = benchmark.REPOSITORY / "zoo" / f"{agent}.py"
+            before = asdict(benchmark.load_agent(script).Args.for_env(args["env"]))
+            before = json.loads(json.dumps(before))  # tuples become lists, as in meta.json
         names = sorted((args.keys() & before.keys()) - benchmark.BOOKKEEPING)
         changed = " ".join(word for n in names if args[n] != before[n] for word in as_words(n, args[n]))
     traced = all(benchmark.is_in_history(commit, benchmark.REPOSITORY) for commit in commits)
