@@ -149,6 +149,12 @@ def test_rows_and_their_marks(made):
     assert rows["ppo A-v0"].scores.tolist() == [8, 9, 10, 11] and rows["ppo A-v0"].budget == 1000
 
 
+def test_a_variant_of_what_was_not_run_is_compared_with_the_task_s_settings(made):
+    make(made / "long", "ppo", "D-v0", [1], env="CartPole-v1", clip=0.3, num_envs=32, hidden=[64, 64], total=9)
+    row = next(row for row in report.read_rows(made) if row.variant == "long")
+    assert row.changed == "--clip 0.3 --total-steps 9"  # 32 environments are CartPole-v1's own
+
+
 def test_scores_are_normalised_by_random_play_and_published_ppo(made):
     scores = report.normalised(report.read_rows(made), made)
     assert scores["ppo"]["A-v0"].tolist() == [0.8, 0.9, 1.0, 1.1]
