@@ -150,7 +150,8 @@ def test_rows_and_their_marks(made):
 
 
 def test_a_variant_of_what_was_not_run_is_compared_with_the_task_s_settings(made):
-    make(made / "long", "ppo", "D-v0", [1], env="CartPole-v1", clip=0.3, num_envs=32, hidden=[64, 64], total=9)
+    run = dict(env="CartPole-v1", clip=0.3, num_envs=32, hidden=[64, 64])
+    make(made / "long", "ppo", "D-v0", [1], total=9, **run)
     row = next(row for row in report.read_rows(made) if row.variant == "long")
     assert row.changed == "--clip 0.3 --total-steps 9"  # 32 environments are CartPole-v1's own
 
