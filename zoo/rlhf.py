@@ -69,10 +69,9 @@ class Args(RunArgs):
     temperature: float = 0.1  # of the labeller: how large a difference of rewards is surely seen
     label_error: float = 0.0  # share of rankings turned round
     reward_epochs: int = 8  # passes over the rankings
-    reward_batch_size: int = 64  # rankings in a batch
     reward_learning_rate: float = 1e-3  # Adam's
     ensemble: int = 1  # reward models, of other heads and other batches; PPO is paid their mean
-    batch_size: int = 256  # sequences in a batch of the other stages
+    batch_size: int = 256  # sequences in a batch, of every stage
     num_epochs: int = 4  # passes over a batch of responses
     num_minibatches: int = 2  # gradient steps in a pass
     learning_rate: float = 1e-3  # Adam's, of policy and critic
@@ -467,7 +466,7 @@ def reward_stage(args: Args, task: Task, device: torch.device) -> float:
     run = Run(args, "rlhf", evaluate, unit="rankings")
     params = torch.stack(members)
     state = run.restore(State(params, new_adam(params), generators[2]))
-    batch_size = min(args.reward_batch_size, args.comparisons)
+    batch_size = min(args.batch_size, args.comparisons)
     learning_rate = torch.tensor(args.reward_learning_rate, device=device)
     while run.step + batch_size <= args.total_steps:
         drawn = torch.randint(
@@ -589,8 +588,8 @@ def check(args: Args) -> None:
     check_args(
         args,
         at_least_1=(
-            "dim", "layers", "heads", "comparisons", "reward_epochs", "reward_batch_size", "ensemble",
-            "batch_size", "num_epochs", "num_minibatches",
+            "dim", "layers", "heads", "comparisons", "reward_epochs", "ensemble", "batch_size", "num_epochs",
+            "num_minibatches",
         ),
         fractions=("other", "label_error", "gamma", "gae_lambda"),
         positive=(
