@@ -80,7 +80,7 @@ class Args(RunArgs):
 
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
 SETTINGS: dict[str, dict] = {
-    "ring": dict(beta=0.2, total_steps=307_200, eval_every=61_440, learning_rate=4e-3),
+    "ring": dict(beta=0.2, steps=40, total_steps=307_200, eval_every=61_440, learning_rate=4e-3),
     "digits": dict(
         beta=0.2, predict="v", steps=10, min_sigma=0.1, hidden=(256, 256), num_chains=1024,
         learning_rate=5e-4, pretrain_rate=2e-3, pretrain_steps=3000,
