@@ -65,7 +65,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "clip_None": Experiment("ddpo", CLIPPED, 3),
     "ring_return": Experiment("ddpo", "--env ring"),
     "ring_none": Experiment("ddpo", "--env ring --kl none"),
-    "dpo_trajectory": Experiment("diffusion_dpo", "--loss trajectory --total-steps 81920"),
+    "dpo_trajectory": Experiment("diffusion_dpo", "--loss trajectory"),
     "dpo_standard": Experiment("diffusion_dpo", "--loss standard"),
     "dpo_separate": Experiment("diffusion_dpo", "--loss standard --no-shared-noise", 3),
     "dpo_constant": Experiment("diffusion_dpo", "--loss standard --weight constant", 3),
