@@ -226,7 +226,9 @@ def play_references(rows: Sequence[Row], results: Path) -> None:
     if path.exists():
         with open(path, newline="") as file:
             known = [list(row.values()) for row in csv.DictReader(file)]
-    for task in sorted({row.task for row in rows} - {str(row[0]) for row in known}):
+    # of a variant no score is normalised, and its folder need not be a task's id
+    tasks = {row.task for row in rows if not row.variant}
+    for task in sorted(tasks - {str(row[0]) for row in known}):
         returns = play_randomly(task)
         known.append((task, f"{returns.mean():.6g}", f"{returns.std(ddof=1):.6g}", len(returns)))
         print(f"random on {task}: {known[-1][1]}", flush=True)
