@@ -117,10 +117,11 @@ def read_row(folder: Path, results: Path) -> Row:
     if variant:
         if (original / "meta.json").exists():
             before = next(iter(benchmark.read_seeds(original).values()))["args"]
+        elif importlib.util.find_spec(f"zoo.{agent}") is None:  # someone's own agent
+            before = args
         else:  # the agent as it is was not run on this task
-            script = benchmark.REPOSITORY / "zoo" / f"{agent}.py"
-            before = asdict(benchmark.load_agent(script).Args.for_env(args["env"]))
-            before = json.loads(json.dumps(before))  # tuples become lists, as in meta.json
+            settings = importlib.import_module(f"zoo.{agent}").Args.for_env(args["env"])
+            before = json.loads(json.dumps(asdict(settings)))  # tuples become lists, as in meta.json
         names = sorted((args.keys() & before.keys()) - benchmark.BOOKKEEPING)
         changed = " ".join(word for n in names if args[n] != before[n] for word in as_words(n, args[n]))
     traced = all(benchmark.is_in_history(commit, benchmark.REPOSITORY) for commit in commits)
