@@ -60,6 +60,25 @@ TOUR_TASK, TOUR = (
     "HalfCheetah-v4",
     (*itertools.pairwise(("reinforce", "actor_critic", "trpo", "ppo", "sac")), ("ppo", "preferences")),
 )
+# Further pictures of the README's text: folders of results with their labels, and the columns to draw
+BESIDE = {
+    "more_labels/answers.png": (
+        {
+            "ppo/HalfCheetah-v4": "PPO, true reward",
+            "preferences/HalfCheetah-v4": "700 answers",
+            "more_labels/preferences/HalfCheetah-v4": "1,400 answers",
+        },
+        ("eval_return",),
+    ),
+    "few_labels/answers.png": (
+        {
+            "preferences/Pendulum-v1": "700 answers",
+            "few_labels_asked/preferences/Pendulum-v1": "50, asked on the way",
+            "few_labels/preferences/Pendulum-v1": "50, all at the start",
+        },
+        ("eval_return", "predicted_reward"),
+    ),
+}
 
 
 @dataclass
@@ -510,6 +529,8 @@ class Picture(NamedTuple):
     labels: list[str]
     caption: str
     until: int | None = None
+    columns: tuple[str, ...] = ("eval_return",)
+    listed: bool = True  # among the README's curves; the others are shown elsewhere
 
     def data(self, results: Path) -> str:
         """The fingerprint that it must carry."""
@@ -518,7 +539,7 @@ class Picture(NamedTuple):
 
 
 def pictures(rows: Sequence[Row], results: Path) -> list[Picture]:
-    """Those of each task that several agents share, of each variant, and of the tour's steps."""
+    """Those of each task that several agents share, of each variant, of the tour's steps, and of BESIDE."""
     found = []
     for task in dict.fromkeys(row.task for row in rows):
         own = [row for row in rows if row.task == task and not row.variant]
@@ -539,14 +560,22 @@ def pictures(rows: Sequence[Row], results: Path) -> list[Picture]:
             folders = [toured[name].folder for name in (before, after)]
             caption = f"{after} and {before} on {TOUR_TASK}"
             until = max(toured[after].budget, min(toured[before].budget, 1_000_000))
-            found.append(Picture(results / "tour" / f"{after}.png", folders, [before, after], caption, until))
+            out = results / "tour" / f"{after}.png"
+            found.append(Picture(out, folders, [before, after], caption, until, listed=False))
+    by_name = {f"{row.variant}/{row.agent}/{row.task}".lstrip("/"): row for row in rows}
+    for name, (labels, columns) in BESIDE.items():
+        if set(labels) <= set(by_name):
+            of = [by_name[key] for key in labels]
+            folders = [row.folder for row in of]
+            picture = Picture(results / name, folders, list(labels.values()), of[0].task, None, columns, False)
+            found.append(picture)
     return found
 
 
 def block(rows: Sequence[Row], found: Statistics, results: Path) -> str:
     """What stands between the README's markers."""
     published = plot.read_published(results / "published.csv")
-    shown = [picture for picture in pictures(rows, results) if picture.until is None]
+    shown = [picture for picture in pictures(rows, results) if picture.listed]
     first = next((p for p in shown if p.out.name == f"{TOUR_TASK}.png"), shown[0] if shown else None)
     parts = [
         "Final deterministic evaluations, over all declared seeds. [95%]: stratified bootstrap intervals.\n",
@@ -680,7 +709,8 @@ def report(args: Args) -> None:
             for each in pictures(rows, args.results):
                 each.out.parent.mkdir(exist_ok=True)
                 title = each.caption.removeprefix("Learning curves on ")
-                plot.draw(each.folders, each.labels, title, each.out, results=args.results, until=each.until)
+                given = (each.folders, each.labels, title, each.out)
+                plot.draw(*given, results=args.results, until=each.until, columns=each.columns)
             if aggregate_rows(found):
                 draw_aggregate(found, args.results / "aggregate.png")
         whole = f"{head}{BEGIN}\n{block(rows, found, args.results)}\n{END}{tail}"
