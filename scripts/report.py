@@ -565,10 +565,9 @@ def pictures(rows: Sequence[Row], results: Path) -> list[Picture]:
     by_name = {f"{row.variant}/{row.agent}/{row.task}".lstrip("/"): row for row in rows}
     for name, (labels, columns) in BESIDE.items():
         if set(labels) <= set(by_name):
-            of = [by_name[key] for key in labels]
-            folders = [row.folder for row in of]
-            picture = Picture(results / name, folders, list(labels.values()), of[0].task, None, columns, False)
-            found.append(picture)
+            folders, names = [by_name[key].folder for key in labels], list(labels.values())
+            task = plot.task(folders)
+            found.append(Picture(results / name, folders, names, task, columns=columns, listed=False))
     return found
 
 

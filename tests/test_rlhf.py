@@ -81,6 +81,20 @@ def test_responses_follow_the_policys_probabilities():
     assert ((found - chance).abs() < 4.5 * (chance * (1 - chance) / 40_000).sqrt()).all()
 
 
+def test_a_prompt_read_once_is_answered_as_if_it_were_read_for_each_response():
+    task = Add(2)
+    params, policy = network(task)
+    prompt, noise = task.prompts(8, generator()), gumbel(24, 4, 12, generator=generator(1))
+    response, log_prob = generate(policy, params, prompt, noise, task.end)
+    repeated = prompt.repeat_interleave(3, 0)
+    expected, expected_log_prob = generate(policy, params, repeated, noise, task.end)
+    assert torch.equal(response, expected)
+    torch.testing.assert_close(log_prob, expected_log_prob)
+    mask = task.mask(response)
+    recomputed = log_probs(policy, params, repeated, response)
+    torch.testing.assert_close(log_prob * mask, recomputed * mask, rtol=1e-4, atol=1e-5)
+
+
 def test_without_noise_the_likeliest_token_is_written():
     task = Add(2)
     params, policy = network(task)

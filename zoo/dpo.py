@@ -176,13 +176,17 @@ def gumbel(*shape: int, generator: torch.Generator) -> Tensor:
 def generate(
     forward: Forward, params: Tensor, prompt: Tensor, noise: Tensor, end: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Responses (B, L) to prompts (B, P) and their tokens' log-probabilities (B, L); noise (B, L, V) Gumbel.
+    """Responses (B, L) to prompts (B / G, P), G to each, and their tokens' log-probabilities (B, L); noise
+    (B, L, V) Gumbel.
 
     Without noise, 0, the likeliest tokens are written; after `end` nothing but `end`. The policy is asked
-    with a cache: it reads each token once.
+    with a cache: it reads each token once, and a prompt once for all of its responses.
     """
     logits, past = forward(params, prompt)
-    ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+    each = len(noise) // len(prompt)
+    logits = logits.repeat_interleave(each, 0)
+    past = [(keys.repeat_interleave(each, 0), values.repeat_interleave(each, 0)) for keys, values in past]
+    ended = torch.zeros(len(noise), dtype=torch.bool, device=prompt.device)
     response, log_prob = [], []
     for t in range(noise.shape[1]):
         dist = Categorical(logits[:, -1])
@@ -328,9 +332,9 @@ def draw_rankings(
     Raises UsageError where all responses to each prompt are the same.
     """
     prompt = task.prompts(count, generator)
+    noise = gumbel(count * args.answers, task.response_length, task.vocab, generator=generator)
+    response = generate(policy, params, prompt, noise, task.end)[0]
     repeated = prompt.repeat_interleave(args.answers, 0)
-    noise = gumbel(len(repeated), task.response_length, task.vocab, generator=generator)
-    response = generate(policy, params, repeated, noise, task.end)[0]
     reward, response = task.reward(repeated, response).view(count, -1), response.view(count, args.answers, -1)
     require(
         bool((response != response[:, :1]).any()),

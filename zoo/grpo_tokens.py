@@ -183,13 +183,17 @@ def gumbel(*shape: int, generator: torch.Generator) -> Tensor:
 def generate(
     forward: Forward, params: Tensor, prompt: Tensor, noise: Tensor, end: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Responses (B, L) to prompts (B, P) and their tokens' log-probabilities (B, L); noise (B, L, V) Gumbel.
+    """Responses (B, L) to prompts (B / G, P), G to each, and their tokens' log-probabilities (B, L); noise
+    (B, L, V) Gumbel.
 
     Without noise, 0, the likeliest tokens are written; after `end` nothing but `end`. The policy is asked
-    with a cache: it reads each token once.
+    with a cache: it reads each token once, and a prompt once for all of its responses.
     """
     logits, past = forward(params, prompt)
-    ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+    each = len(noise) // len(prompt)
+    logits = logits.repeat_interleave(each, 0)
+    past = [(keys.repeat_interleave(each, 0), values.repeat_interleave(each, 0)) for keys, values in past]
+    ended = torch.zeros(len(noise), dtype=torch.bool, device=prompt.device)
     response, log_prob = [], []
     for t in range(noise.shape[1]):
         dist = Categorical(logits[:, -1])
@@ -441,9 +445,10 @@ def train(args: Args) -> float:
         params, ref, opt, _ = state
         remaining = 1 - run.step / args.total_steps
         learning_rate = torch.tensor(args.learning_rate * (remaining if args.anneal else 1.0), device=device)
-        prompt = task.prompts(shape[0], generator).repeat_interleave(args.group_size, 0)
+        prompt = task.prompts(shape[0], generator)
         noise = gumbel(args.batch_size, task.response_length, task.vocab, generator=generator)
         response, log_prob = generate(policy, params, prompt, noise, task.end)
+        prompt = prompt.repeat_interleave(args.group_size, 0)
         mask, ref_log_prob = task.mask(response), log_probs(policy, ref, prompt, response)
         penalty = in_reward * kl_estimate(ref_log_prob - log_prob, args.kl) * mask
         step_reward = task.step_reward(prompt, response) - penalty
