@@ -54,15 +54,15 @@ from zoo.common.seeding import env_seeds, generator_seed
 class Args(RunArgs):
     kept: ClassVar = (*RunArgs.kept, "hidden", "shared_network", "log_std", "kl_coef")
 
-    num_envs: int = 64  # environments stepped together, N
-    num_steps: int = 32  # steps of each environment between updates, T; a batch is N x T transitions
+    num_envs: int = 8  # environments stepped together, N
+    num_steps: int = 256  # steps of each environment between updates, T; a batch is N x T transitions
     num_epochs: int = 10  # passes over a batch
     minibatch_size: int = 64  # transitions in a gradient step; must divide N x T
     learning_rate: float = 3e-4  # Adam's
-    anneal: bool = True  # let the learning rate fall linearly to 0 over the run
+    anneal: bool = False  # let the learning rate fall linearly to 0 over the run
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # GAE's lambda: 0 trusts the critic (one-step TD), 1 the rewards (Monte Carlo)
-    recompute_advantages: bool = True  # values and advantages anew before each epoch
+    recompute_advantages: bool = False  # values and advantages anew before each epoch
     normalize_advantages: bool = True  # mean 0 and standard deviation 1 in each minibatch
     # what keeps the new policy near the old one
     surrogate: Literal["clip", "kl", "adaptive-kl", "unclipped"] = "clip"
@@ -71,7 +71,7 @@ class Args(RunArgs):
     # ends an update's epochs when the KL exceeds it; adaptive-kl's target (0.01 if not given)
     target_kl: float | None = None
     value_clip: float | None = None  # keep V within this of its old value in the loss
-    value_coef: float = 0.25  # weight of the value loss, c1
+    value_coef: float = 0.5  # weight of the value loss, c1
     entropy_coef: float = 0.0  # weight of the entropy bonus, c2
     bound_coef: float = 1.0  # weight of a penalty on means outside the bounds in all states of a batch
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
@@ -80,31 +80,36 @@ class Args(RunArgs):
     # initial log standard deviation of a Gaussian policy, in units of half the action range
     log_std: float = 0.0
     normalize_obs: bool = True  # observations by their running mean and standard deviation
+    # environment steps after which those stay as they are, lest what a policy has learned move with them
+    normalizer_steps: int | None = 10_000
     scale_rewards: bool = True  # rewards by the running standard deviation of the discounted return
 
 
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
+# smaller steps towards the end, and a normalisation that goes on
+ANNEALED: dict = dict(anneal=True, recompute_advantages=True, value_coef=0.25, normalizer_steps=None)
+# long runs, in which the size of an advantage says something, and little noise is enough
+LONG: dict = ANNEALED | dict(num_envs=64, num_steps=32, normalize_advantages=False, log_std=-1.0)
 SETTINGS: dict[str, dict] = {
-    # long runs, in which the size of an advantage says something, and little noise is enough
-    **{f"{task}-v4": dict(normalize_advantages=False, log_std=-1.0) for task in (
+    **{f"{task}-v4": LONG for task in (
         "HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "HumanoidStandup", "Swimmer", "Reacher",
         "Pusher", "InvertedPendulum", "InvertedDoublePendulum",
     )},
-    "CartPole-v1": dict(
+    "CartPole-v1": ANNEALED | dict(
         total_steps=100_000, num_envs=32, num_steps=32, minibatch_size=256, learning_rate=2e-3,
         recompute_advantages=False, normalize_obs=False, eval_every=20_000,
     ),
-    "Acrobot-v1": dict(
+    "Acrobot-v1": ANNEALED | dict(
         num_envs=16, num_steps=256, gae_lambda=0.94, eval_episodes=100,
     ),
-    "MountainCar-v0": dict(
+    "MountainCar-v0": ANNEALED | dict(
         num_envs=16, num_steps=64, gae_lambda=0.98, eval_episodes=100,
     ),
-    "MountainCarContinuous-v0": dict(
+    "MountainCarContinuous-v0": ANNEALED | dict(
         total_steps=20_000, num_envs=8, num_steps=64, learning_rate=1e-3, gamma=0.999,
         normalize_advantages=False, eval_every=5_000,
     ),
-    "Pendulum-v1": dict(
+    "Pendulum-v1": ANNEALED | dict(
         total_steps=100_000, num_envs=8, num_steps=128, num_epochs=20, learning_rate=1e-3, gamma=0.98,
         normalize_advantages=False, log_std=-0.5, eval_every=20_000, eval_episodes=100,
     ),
@@ -432,7 +437,7 @@ def check(args: Args) -> None:
     """Refuse arguments that cannot work together."""
     check_args(
         args,
-        at_least_1=("num_steps", "num_epochs", "minibatch_size", "hidden"),
+        at_least_1=("num_steps", "num_epochs", "minibatch_size", "hidden", "normalizer_steps"),
         fractions=("gamma", "gae_lambda"),
         positive=("learning_rate", "clip", "max_grad_norm", "target_kl", "value_clip"),
         finite=("kl_coef", "value_coef", "entropy_coef", "bound_coef", "log_std"),
@@ -483,7 +488,9 @@ def train(args: Args) -> float:
         learning_rate = torch.tensor(args.learning_rate * remaining, device=device)
         noise = draw_noise(envs, args.num_steps, args.num_envs, generator=generator)
         rollout, obs, episodes = collect(envs, obs, policy_at(net, obs_stats), noise)
-        seen, obs_stats, return_stats, sums = as_seen(rollout, obs_stats, return_stats, sums, args)
+        seen, counted, return_stats, sums = as_seen(rollout, obs_stats, return_stats, sums, args)
+        if args.normalizer_steps is None or run.step < args.normalizer_steps:
+            obs_stats = counted
         rows, action = seen.obs.flatten(0, 1), seen.action.flatten(0, 1)
         old_log_prob = net.policy(rows).log_prob(action)
 
