@@ -457,6 +457,18 @@ def test_rewards_are_scaled_by_the_deviation_of_discounted_sums(tmp_path, spy):
     torch.testing.assert_close(first.return_, raw / raw.std(unbiased=False), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("steps", "counted"), [(None, [0, 128, 256, 384, 512]), (200, [0, 128, 256, 256, 256])]
+)
+def test_observations_are_counted_as_long_as_asked(tmp_path, spy, steps, counted):
+    """What acts sees rollouts of 128 steps counted that began before `steps`, and the agent keeps them."""
+    given = dict(normalize_obs=True, normalizer_steps=steps, num_epochs=1, total_steps=640)
+    ppo.train(small(tmp_path, "probe/ObservedReward-v0", **given))
+    assert [int(call.obs_stats["count"]) for call in spy["policy_at"][:5]] == counted
+    saved = torch.load(tmp_path / "agent.pt", weights_only=True)["state"]["obs_stats"]
+    assert int(saved["count"]) == (640 if steps is None else 256)
+
+
 def test_batches_hold_the_transitions_as_they_were(tmp_path, spy, monkeypatch):
     """Three rollouts, against a plain account of them: what of each transition reaches the estimator and the
     updates. Episodes of 5 steps cross the boundaries between rollouts of 32, and one reward of 256 is large:

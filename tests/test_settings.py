@@ -76,6 +76,9 @@ TABLE = {
         ("Other-v3", "Other-v12"),
         ("Hopper-v4", "Hopper-v4"),
         ("Plain", "Plain"),
+        ("FixedHorizon/Hopper-v4", "Hopper-v4"),  # the same task, played on to its time limit
+        ("zoo.common.horizon:FixedHorizon/Plain", "Plain"),
+        ("FixedHorizon/Hopper", None),
         ("Hopper", None),
         ("Hoppe-v5", None),
         ("my:Hopper-v4", None),  # a task of that name in a module of one's own is another

@@ -77,8 +77,15 @@ def settings_for(env: str, lookup: Callable[[str], dict]) -> dict:
     """A task's settings, {} where there are none. Versions of one task share theirs.
 
     lookup: from a task's id to its settings, {} where it has none of its own. Hopper-v5 then takes those of
-    the nearest version that has some, the older of two, and a line on stderr says so.
+    the nearest version that has some, the older of two, and a line on stderr says so; so does
+    FixedHorizon/Hopper-v4 (horizon.py) with those of Hopper-v4.
     """
+    played_on = env.rpartition("FixedHorizon/")[2]
+    if played_on != env and not lookup(env):
+        if others := settings_for(played_on, lookup):
+            told = f"{env} has no settings of its own: those of {played_on} are taken"
+            print(told, file=sys.stderr, flush=True)
+        return others
     version = re.fullmatch(r"(.+-v)(\d{1,3})", env)
     if (own := lookup(env)) or version is None:
         return own
