@@ -38,7 +38,10 @@ from zoo.common.tokens import Task, make_task, measure, rank
 
 @dataclass
 class Args(RunArgs):
-    kept: ClassVar = (*RunArgs.kept, "digits", "dim", "layers", "heads", "supervised_steps", "other")
+    kept: ClassVar = (
+        *RunArgs.kept, "digits", "dim", "layers", "heads", "supervised_steps", "other", "comparisons",
+        "online", "temperature", "label_error",
+    )  # fmt: skip
     idle: ClassVar = ("num_envs", "env_threads")
 
     env: str = "Sort"  # the task: Count, Sort or Add
@@ -257,7 +260,7 @@ def dpo_loss(
     reward, other = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
     difference = reward - other
     loss = -(1 - label_smoothing) * logsigmoid(difference) - label_smoothing * logsigmoid(-difference)
-    metrics = {"dpo_loss": loss.mean(), "accuracy": (difference > 0).float().mean()}
+    metrics = {"dpo_loss": loss.mean(), "accuracy": (difference.sign() / 2 + 0.5).mean()}
     metrics |= {"gradient_weight": (-difference).sigmoid().mean(), "chosen_reward": reward.mean()}
     metrics |= {
         "rejected_reward": other.mean(),
@@ -280,21 +283,26 @@ class State(NamedTuple):
     generator: torch.Generator  # of the order of the pairs
 
 
-def make_measure(task: Task, policy: Forward, ref: Tensor, args) -> Callable[[dict], dict[str, float]]:
-    """What a Run calls to evaluate {"params": the policy's}: see zoo/common/tokens.py."""
+def evaluation(task: Task, policy: Forward, ref: Tensor, args, beta: float, acting: dict) -> dict[str, float]:
+    """An evaluation's columns, see zoo/common/tokens.py, of {"params": the policy's}; beta in units of the
+    rule's reward.
+    """
 
-    def evaluate(acting: dict) -> dict[str, float]:
-        def write(prompt: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            noise = gumbel(len(prompt), task.response_length, task.vocab, generator=generator)
-            return generate(policy, acting["params"], prompt, noise, task.end)
+    def write(prompt: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        noise = gumbel(len(prompt), task.response_length, task.vocab, generator=generator)
+        return generate(policy, acting["params"], prompt, noise, task.end)
 
-        return measure(
-            task, write, partial(log_probs, policy, acting["params"]), partial(log_probs, policy, ref),
-            args.kl_coef, args.eval_episodes, generator_seed(args.seed, "evaluation"), ref.device,
-            other=args.other > 0,
-        )  # fmt: skip
-
-    return evaluate
+    return measure(
+        task,
+        write,
+        partial(log_probs, policy, acting["params"]),
+        partial(log_probs, policy, ref),
+        beta,
+        args.eval_episodes,
+        generator_seed(args.seed, "evaluation"),
+        ref.device,
+        other=args.other > 0,
+    )
 
 
 def supervised_step(
@@ -325,13 +333,14 @@ def pretrain(policy: Forward, params: Tensor, task: Task, args) -> Tensor:
 
 
 def draw_rankings(
-    policy: Forward, params: Tensor, task: Task, args, count: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+    policy: Forward, params: Tensor, task: Task, args, count: int, generator: torch.Generator,
+    held_out: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Prompts (count, P) and K responses to each (count, K, L), the best first, as the labeller has it.
 
     Raises UsageError where all responses to each prompt are the same.
     """
-    prompt = task.prompts(count, generator)
+    prompt = task.prompts(count, generator, held_out)
     noise = gumbel(count * args.answers, task.response_length, task.vocab, generator=generator)
     response = generate(policy, params, prompt, noise, task.end)[0]
     repeated = prompt.repeat_interleave(args.answers, 0)
@@ -425,10 +434,14 @@ def train(args: Args) -> float:
         return *adam(params, grad, opt, learning_rate), metrics | {"grad_norm": grad_norm}
 
     update = compile_function(update, device, args.compile)
-    run = Run(args, "dpo", make_measure(task, policy, ref, args), unit="comparisons")
+    run = Run(
+        args, "dpo", lambda acting: evaluation(task, policy, ref, args, args.kl_coef, acting),
+        unit="comparisons",
+    )  # fmt: skip
     generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "order"))
     writers = ref.new_zeros(args.online, len(ref))
     state = run.restore(State(params, ref, writers, new_adam(params), generator))
+    ref = state.ref
     rounds: list[Pairs] = []
     visits = args.total_steps // args.online
 

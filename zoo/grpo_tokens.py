@@ -14,7 +14,8 @@ What differs between the papers is a flag each:
     --ratio           of each token, or of the whole response (DeepSeek-R1, eq. 1)
     --kl, --kl-in     k3 as a loss (GRPO), or k1 in the reward, which has ref exp(r / beta) / Z as its optimum
     --kl-level        as a loss: of each token, or of the whole response, whose log-ratio is summed first
-    --kl-correction   as a loss: times pi / old, without which it is biased after the first step
+    --kl-correction   as a loss: times pi / old. k1 and k3 then have the KL's gradient, of whole responses,
+                      which they have not without; k2 has it without, and with the correction has not
 
 The defaults are those whose fixed point is the optimum. GRPO as in its paper:
 --std --length response --kl k3 --kl-in loss --kl-level token.
@@ -76,11 +77,6 @@ class Args(RunArgs):
     kl_correction: bool = False  # in the loss: weigh it by the ratio, for the samples are the old policy's
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm
     compile: bool = False  # compile the update: a minute at the start, for a fifth to a third of its time
-
-    @property
-    def kl_coef(self) -> float:
-        """beta."""
-        return self.beta
 
 
 # What differs by task; a flag wins over it.
@@ -317,7 +313,8 @@ def grpo_loss(log_prob: Tensor, batch: Group, args: Args) -> tuple[Tensor, dict[
         metrics["kl_loss"] = token_sum(weight * kl_estimate(ref_ratio, args.kl), mask, args.length)
     else:
         weight = log_ratio.sum(-1).exp() if args.kl_correction else 1.0
-        metrics["kl_loss"] = (weight * kl_estimate(ref_ratio.sum(-1), args.kl)).mean() / mask.shape[1]
+        estimate = weight * kl_estimate(ref_ratio.sum(-1), args.kl)
+        metrics["kl_loss"] = token_sum((estimate / mask.sum(-1))[:, None].expand_as(mask), mask, args.length)
     return pg_loss + args.beta * metrics["kl_loss"], metrics
 
 
@@ -333,21 +330,26 @@ class State(NamedTuple):
     generator: torch.Generator  # of prompts, noise and orders
 
 
-def make_measure(task: Task, policy: Forward, ref: Tensor, args) -> Callable[[dict], dict[str, float]]:
-    """What a Run calls to evaluate {"params": the policy's}: see zoo/common/tokens.py."""
+def evaluation(task: Task, policy: Forward, ref: Tensor, args, beta: float, acting: dict) -> dict[str, float]:
+    """An evaluation's columns, see zoo/common/tokens.py, of {"params": the policy's}; beta in units of the
+    rule's reward.
+    """
 
-    def evaluate(acting: dict) -> dict[str, float]:
-        def write(prompt: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            noise = gumbel(len(prompt), task.response_length, task.vocab, generator=generator)
-            return generate(policy, acting["params"], prompt, noise, task.end)
+    def write(prompt: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        noise = gumbel(len(prompt), task.response_length, task.vocab, generator=generator)
+        return generate(policy, acting["params"], prompt, noise, task.end)
 
-        return measure(
-            task, write, partial(log_probs, policy, acting["params"]), partial(log_probs, policy, ref),
-            args.kl_coef, args.eval_episodes, generator_seed(args.seed, "evaluation"), ref.device,
-            other=args.other > 0,
-        )  # fmt: skip
-
-    return evaluate
+    return measure(
+        task,
+        write,
+        partial(log_probs, policy, acting["params"]),
+        partial(log_probs, policy, ref),
+        beta,
+        args.eval_episodes,
+        generator_seed(args.seed, "evaluation"),
+        ref.device,
+        other=args.other > 0,
+    )
 
 
 def supervised_step(
@@ -411,6 +413,10 @@ def check(args: Args) -> None:
         "--level process needs --ratio token: a response's one ratio cannot tell its steps apart",
     )
     require(
+        args.kl_in == "loss" or not args.kl_correction,
+        "--kl-correction weighs the KL in the loss; --kl-in loss is meant",
+    )
+    require(
         args.total_steps >= args.batch_size,
         f"--total-steps {args.total_steps} is less than one batch of {args.batch_size} (--batch-size)",
     )
@@ -437,9 +443,13 @@ def train(args: Args) -> float:
         return *adam(params, grad, opt, learning_rate), metrics | {"grad_norm": grad_norm}
 
     update = compile_function(update, device, args.compile)
-    run = Run(args, "grpo_tokens", make_measure(task, policy, ref, args), unit="responses")
+    run = Run(
+        args, "grpo_tokens", lambda acting: evaluation(task, policy, ref, args, args.beta, acting),
+        unit="responses",
+    )  # fmt: skip
     generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "noise"))
     state = run.restore(State(ref, ref, new_adam(ref), generator))
+    ref = state.ref
 
     while run.step + args.batch_size <= args.total_steps:
         params, ref, opt, _ = state

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 
+from zoo.common.args import PLUMBING, flag
 from zoo.common.cli import RunArgs, check_args, main, require
 from zoo.common.device import compile_function, flatten, setup
 from zoo.common.files import load_checkpoint
@@ -46,7 +47,10 @@ from zoo.common.tokens import Task, make_task, measure, rank
 
 @dataclass
 class Args(RunArgs):
-    kept: ClassVar = (*RunArgs.kept, "stage", "digits", "dim", "layers", "heads", "ensemble")
+    kept: ClassVar = (
+        *RunArgs.kept, "stage", "digits", "dim", "layers", "heads", "supervised_steps", "other",
+        "comparisons", "answers", "temperature", "label_error", "reward_epochs", "ensemble",
+    )  # fmt: skip
     idle: ClassVar = ("num_envs", "env_threads")
 
     env: str = "Sort"  # the task: Count, Sort or Add
@@ -91,8 +95,13 @@ class Args(RunArgs):
 
     @property
     def kl_coef(self) -> float:
-        """beta, or its default."""
+        """beta, or its default, in units of what is paid."""
         return self.beta if self.beta is not None else 0.01 if self.reward == "rule" else 0.3
+
+    @property
+    def rule_kl_coef(self) -> float:
+        """The same in units of the rule's reward: a model learns that over the labeller's temperature."""
+        return self.kl_coef * (self.temperature if self.reward == "model" else 1.0)
 
 
 # What differs by task; a flag wins over it.
@@ -353,28 +362,44 @@ def rlhf_loss(
 
 
 class State(NamedTuple):
-    """All that a stage goes on from."""
+    """All that the supervised and the reward stage go on from."""
 
     params: Tensor  # of the stage's network or networks, one vector
     opt: Moments
     generator: torch.Generator  # of prompts, noise, labels and orders
 
 
-def make_measure(task: Task, policy: Forward, ref: Tensor, args) -> Callable[[dict], dict[str, float]]:
-    """What a Run calls to evaluate {"params": the policy's}: see zoo/common/tokens.py."""
+class PPOState(NamedTuple):
+    """All that the ppo stage goes on from, what earlier stages gave it included."""
 
-    def evaluate(acting: dict) -> dict[str, float]:
-        def write(prompt: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            noise = gumbel(len(prompt), task.response_length, task.vocab, generator=generator)
-            return generate(policy, acting["params"], prompt, noise, task.end)
+    params: Tensor  # policy's and critic's, one vector
+    opt: Moments
+    generator: torch.Generator
+    ref: Tensor  # the reference's
+    members: Tensor  # the reward models' (E, ...), or none (0,)
+    shift: Tensor  # what is taken from their scores
 
-        return measure(
-            task, write, partial(log_probs, policy, acting["params"]), partial(log_probs, policy, ref),
-            args.kl_coef, args.eval_episodes, generator_seed(args.seed, "evaluation"), ref.device,
-            other=args.other > 0,
-        )  # fmt: skip
 
-    return evaluate
+def evaluation(task: Task, policy: Forward, ref: Tensor, args, beta: float, acting: dict) -> dict[str, float]:
+    """An evaluation's columns, see zoo/common/tokens.py, of {"params": the policy's}; beta in units of the
+    rule's reward.
+    """
+
+    def write(prompt: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        noise = gumbel(len(prompt), task.response_length, task.vocab, generator=generator)
+        return generate(policy, acting["params"], prompt, noise, task.end)
+
+    return measure(
+        task,
+        write,
+        partial(log_probs, policy, acting["params"]),
+        partial(log_probs, policy, ref),
+        beta,
+        args.eval_episodes,
+        generator_seed(args.seed, "evaluation"),
+        ref.device,
+        other=args.other > 0,
+    )
 
 
 def supervised_step(
@@ -396,7 +421,11 @@ def supervised_step(
 def supervised_stage(args: Args, task: Task, device: torch.device) -> float:
     """Learn demonstrations; total_steps counts them."""
     params, policy = make_network(task, args, task.vocab, device)
-    run = Run(args, "rlhf", make_measure(task, policy, params, args), unit="demonstrations")
+    first = params
+    run = Run(
+        args, "rlhf", lambda acting: evaluation(task, policy, first, args, args.rule_kl_coef, acting),
+        unit="demonstrations",
+    )  # fmt: skip
     generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "demonstrations"))
     state = run.restore(State(params, new_adam(params), generator))
     while run.step + args.batch_size <= args.total_steps:
@@ -407,13 +436,14 @@ def supervised_stage(args: Args, task: Task, device: torch.device) -> float:
 
 
 def draw_rankings(
-    policy: Forward, params: Tensor, task: Task, args, count: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+    policy: Forward, params: Tensor, task: Task, args, count: int, generator: torch.Generator,
+    held_out: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Prompts (count, P) and K responses to each (count, K, L), the best first, as the labeller has it.
 
     Raises UsageError where all responses to each prompt are the same.
     """
-    prompt = task.prompts(count, generator)
+    prompt = task.prompts(count, generator, held_out)
     noise = gumbel(count * args.answers, task.response_length, task.vocab, generator=generator)
     response = generate(policy, params, prompt, noise, task.end)[0]
     repeated = prompt.repeat_interleave(args.answers, 0)
@@ -448,7 +478,8 @@ def reward_stage(args: Args, task: Task, device: torch.device) -> float:
 
     def update(params: Tensor, opt: Moments, prompt: Tensor, response: Tensor, learning_rate: Tensor):
         grad, (_, metrics) = grad_and_value(loss, has_aux=True)(params, prompt, response)
-        return *adam(params, clip_grad(grad, args.max_grad_norm)[0], opt, learning_rate), metrics
+        grad = torch.stack([clip_grad(one, args.max_grad_norm)[0] for one in grad])  # each model's on its own
+        return *adam(params, grad, opt, learning_rate), metrics
 
     def evaluate(acting: dict) -> dict[str, float]:
         """The share of held-out pairs ordered as by the labeller: by the models' mean score, and by the
@@ -466,7 +497,7 @@ def reward_stage(args: Args, task: Task, device: torch.device) -> float:
         torch.Generator(device).manual_seed(generator_seed(args.seed, "rankings", i)) for i in range(3)
     ]
     prompts, responses = draw_rankings(policy, ref, task, args, args.comparisons, generators[0])
-    held_out = draw_rankings(policy, ref, task, args, 2000, generators[1])
+    held_out = draw_rankings(policy, ref, task, args, 2000, generators[1], held_out=True)
     run = Run(args, "rlhf", evaluate, unit="rankings")
     params = torch.stack(members)
     state = run.restore(State(params, new_adam(params), generators[2]))
@@ -486,12 +517,15 @@ def reward_stage(args: Args, task: Task, device: torch.device) -> float:
 
 def ppo_stage(args: Args, task: Task, device: torch.device) -> float:
     """Improve the reference on the reward; total_steps counts responses."""
-    _, policy = make_network(task, args, task.vocab, device)
+    ref, policy = make_network(task, args, task.vocab, device)
     fresh, critic = make_network(task, args, 1, device)  # of a reward model's form, too
-    ref = earlier_stage(args, "supervised", device)["params"]
+    members = fresh.repeat(args.ensemble, 1) if args.reward == "model" else fresh[:0]
+    if not args.resume:  # else the checkpoint has them
+        ref = earlier_stage(args, "supervised", device)["params"]
+        if args.reward == "model":
+            members = earlier_stage(args, "reward", device)["members"]
     head = args.dim + 1  # parameters, for each output
     params = torch.cat((ref, ref[: -head * task.vocab], 0 * fresh[-head:]))  # the reference's body, V = 0
-    members: Any = earlier_stage(args, "reward", device)["members"] if args.reward == "model" else []
     beta = args.kl_coef if args.kl_in == "reward" else 0.0
 
     def write(params: Tensor, prompt: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -528,15 +562,20 @@ def ppo_stage(args: Args, task: Task, device: torch.device) -> float:
     generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "noise"))
     draw_noise = partial(gumbel, args.batch_size, task.response_length, task.vocab, generator=generator)
     # only differences of a model's scores mean anything: mean 0 at first
-    prompt = task.prompts(args.batch_size, generator)
-    shift = judge(prompt, write(params, prompt, draw_noise())[0]).mean() if args.reward == "model" else 0.0
-    run = Run(args, "rlhf", make_measure(task, policy, ref, args), unit="responses")
-    state = run.restore(State(params, new_adam(params), generator))
+    prompt, shift = task.prompts(args.batch_size, generator), torch.zeros((), device=device)
+    if args.reward == "model":
+        shift = judge(prompt, write(params, prompt, draw_noise())[0]).mean()
+    run = Run(
+        args, "rlhf", lambda acting: evaluation(task, policy, ref, args, args.rule_kl_coef, acting),
+        unit="responses",
+    )  # fmt: skip
+    state = run.restore(PPOState(params, new_adam(params), generator, ref, members, shift))
+    _, _, _, ref, members, shift = state
 
     while run.step + args.batch_size <= args.total_steps:
         remaining = 1 - run.step / args.total_steps
         learning_rate = torch.tensor(args.learning_rate * (remaining if args.anneal else 1.0), device=device)
-        params, opt, _ = state
+        params, opt = state.params, state.opt
         prompt = task.prompts(args.batch_size, generator)
         response, log_prob = write(params, prompt, draw_noise())
         mask, ref_log_prob = task.mask(response), log_probs(policy, ref, prompt, response)
@@ -561,7 +600,7 @@ def ppo_stage(args: Args, task: Task, device: torch.device) -> float:
                     known = task.demonstrations(len(index), generator, float(args.other > 0))
                 params, opt, info = update(params, opt, minibatch, known, learning_rate)
                 metrics.append(info)
-        state = State(params, opt, generator)
+        state = state._replace(params=params, opt=opt)
         means = {name: torch.stack([info[name] for info in metrics]).mean() for name in metrics[0]}
         means |= {"score": score.mean(), "rule_reward": task.reward(prompt, response).mean()}
         means |= {"kl": ((log_prob - ref_log_prob) * mask).sum(-1).mean(), "learning_rate": learning_rate}
@@ -578,7 +617,9 @@ def earlier_stage(args: Args, stage: str, device: torch.device) -> dict[str, Ten
         f"--stage {stage} runs it, --earlier names another folder",
     )
     saved = load_checkpoint(folder / "agent.pt", "--earlier", "rlhf", args.env)
-    for name in ("digits", "dim", "layers", "heads"):
+    # Count's prompts are its seed's
+    names = ["digits", "dim", "layers", "heads", *(["seed"] if args.env == "Count" else [])]
+    for name in [*names, "ensemble"] if stage == "reward" else names:
         was, wanted = saved["args"][name], getattr(args, name)
         require(was == wanted, f"--{name} {wanted}: the stage in {folder} was run with {was}")
     return {name: value.to(device) for name, value in saved["state"].items()}
@@ -615,17 +656,43 @@ def check(args: Args) -> None:
         f"--num-minibatches {args.num_minibatches} does not divide --batch-size {args.batch_size}",
     )
     require(
+        args.stage != "all" or args.earlier is None,
+        f"--earlier {args.earlier}: --stage all makes the earlier stages itself; --stage ppo is meant",
+    )
+    require(
         args.other == 0 or args.env == "Sort",
         f"--other {args.other:g}: only Sort has another task, not {args.env}",
     )
     require(
-        args.total_steps >= args.batch_size,
+        args.stage not in ("all", "ppo") or args.total_steps >= args.batch_size,
         f"--total-steps {args.total_steps} is less than one batch of {args.batch_size} (--batch-size)",
     )
 
 
+def continued(args: Args, finished: bool) -> Args | None:
+    """How a stage goes on that an earlier call has left in its folder; None where it was finished.
+
+    finished: go on with such a stage as well, which ends at once. Raises UsageError where it was run with
+    other arguments.
+    """
+    folder = Path(args.run_dir or ".")
+    left = next((name for name in ("agent.pt", "checkpoint.pt") if (folder / name).is_file()), None)
+    if left is None:
+        return args
+    was = load_checkpoint(folder / left, "--run-dir", "rlhf", args.env)["args"]
+    for name in was.keys() - set(PLUMBING) - {"run_dir", "resume", "eval_every", "eval_episodes", "earlier"}:
+        wanted, told = getattr(args, name), f"{flag(name)} {was[name]}; another --run-dir begins anew"
+        require(was[name] == wanted, f"{flag(name)} {wanted}: the stage in {folder} was run with {told}")
+    if left == "agent.pt" and not finished:
+        return None
+    return dataclasses.replace(args, run_dir=None, resume=str(folder))
+
+
 def train(args: Args) -> float:
-    """Run the stages asked for, each in its folder; the first value of the last final evaluation."""
+    """Run the stages asked for, each in its folder; the first value of the last final evaluation.
+
+    All stages in a --run-dir that has some: those that are finished are left, the others gone on with.
+    """
     check(args)
     device = setup(args.device, args.threads)
     task = make_task(args.env, args.digits, args.seed)
@@ -637,7 +704,11 @@ def train(args: Args) -> float:
         torch.manual_seed(generator_seed(args.seed, "network", list(STAGES).index(stage)))
         own: dict[str, Any] = dict(stage=stage, total_steps=examples[stage], earlier=args.earlier or root)
         own |= dict(run_dir=str(Path(root) / stage))
-        result = STAGES[stage](args if args.resume else dataclasses.replace(args, **own), task, device)
+        of_stage: Args | None = args if args.resume else dataclasses.replace(args, **own)
+        if args.stage == "all" and of_stage is not None:
+            of_stage = continued(of_stage, finished=stage == "ppo")
+        if of_stage is not None:
+            result = STAGES[stage](of_stage, task, device)
     return result
 
 

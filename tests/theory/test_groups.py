@@ -4,6 +4,7 @@ episodes of the tiny MDP.
 
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import tiny_mdp
@@ -15,7 +16,7 @@ from torch.func import grad
 from zoo import grpo
 from zoo.common.tokens import gap
 from zoo.grpo import Steps, group_loss, step_weights
-from zoo.grpo_tokens import group_advantages, process_advantages
+from zoo.grpo_tokens import Group, group_advantages, grpo_loss, process_advantages
 
 WORLD, THETA, REF = FIXED, FIXED.policy(0), FIXED.policy(1)
 
@@ -85,7 +86,7 @@ def test_43_k3_as_a_loss_has_another_optimum():
 
 
 def test_43_k2_of_whole_responses_as_a_loss_has_the_optimum():
-    """The one estimator that may stand in the loss: its gradient is that of KL(pi || ref)."""
+    """The one estimator that may stand in the loss as it is: its gradient is that of KL(pi || ref)."""
     best = WORLD.best(REF)
     mean = (WORLD.table(best).exp() * WORLD.reward().view(2, 27)).sum(-1, keepdim=True)
     advantage = (WORLD.reward().view(2, 27) - mean).flatten()[:, None] * WORLD.mask
@@ -94,6 +95,34 @@ def test_43_k2_of_whole_responses_as_a_loss_has_the_optimum():
     scale = WORLD.grpo_gradient(best, advantage).norm()
     for kind in ("k1", "k3"):
         assert WORLD.grpo_gradient(best, advantage, kl=kind, **settings).norm() > 0.1 * scale
+
+
+@pytest.mark.parametrize(("kl", "right"), [("k1", True), ("k2", False), ("k3", True)])
+def test_43_weighed_by_the_ratio_k1_and_k3_have_the_optimum_and_k2_has_not(kl, right):
+    """pi / old times the estimator is differentiated in the weights of its expectation, too: E[k1] and E[k3]
+    are the KL, E[k2] is not.
+    """
+    best = WORLD.best(REF)
+    mean = (WORLD.table(best).exp() * WORLD.reward().view(2, 27)).sum(-1, keepdim=True)
+    advantage = (WORLD.reward().view(2, 27) - mean).flatten()[:, None] * WORLD.mask
+    settings = dict(ref=REF, kl_in="loss", kl_level="response", kl=kl, kl_correction=True)
+    off = WORLD.grpo_gradient(best, advantage, **settings).norm()
+    scale = WORLD.grpo_gradient(best, advantage).norm()
+    assert off < 1e-9 if right else off > 0.1 * scale
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"), [("constant", 2.5 / 3), ("batch", 2.5 / 2), ("response", 1.5)]
+)
+def test_the_kl_of_responses_is_divided_as_their_surrogates_are(length, expected):
+    """Responses of 1 and 3 tokens with k1 of 2 and 3 nats: by L = 3, by the mean length, by each its own."""
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    ratio = torch.tensor([[-2.0, 9.0, 9.0], [-1.0, -3.0, 1.0]], dtype=F64)  # log ref - log pi
+    zero = torch.zeros(2, 3, dtype=F64)
+    settings = dict(ratio="token", clip=0.2, beta=BETA, kl="k1", kl_in="loss", kl_level="response")
+    args = SimpleNamespace(**settings, length=length, kl_correction=False)
+    _, metrics = grpo_loss(zero, Group(None, None, mask, zero, ratio, zero), args)
+    assert metrics["kl_loss"].item() == pytest.approx(expected)
 
 
 def test_43_the_standard_deviation_moves_the_optimum_of_a_kl_in_the_loss():
