@@ -306,7 +306,7 @@ def test_a_run_without_a_compiler(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("final evaluation: ")
-    told = ("run folder: ", "to watch it: ", "to evaluate it: ")
+    told = ("run folder: ", "to watch it: ", "to evaluate it: ", "finished at step ")
     lines = [line for line in run.stderr.splitlines() if not line.startswith(told)]
     assert lines[0] == device.COMPILING, run.stderr
     assert len(lines) == 2 and lines[1].startswith("warning: torch.compile failed"), run.stderr

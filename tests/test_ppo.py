@@ -913,7 +913,7 @@ def command_line(monkeypatch, capsys):
             status: Any = 0
         except SystemExit as end:
             status = end.code
-        told = ("run folder: ", "to watch it: ", "to evaluate it: ")
+        told = ("run folder: ", "to watch it: ", "to evaluate it: ", "finished at step ")
         return status, [line for line in capsys.readouterr().err.splitlines() if not line.startswith(told)]
 
     old = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

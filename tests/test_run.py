@@ -151,7 +151,7 @@ def command_line(monkeypatch, capture, *argv, table=None):
         status = 0
     except SystemExit as end:
         status = end.code
-    usual = re.compile(r"run folder: |[\d,]+ steps: evaluation |to (watch|evaluate) it: ")
+    usual = re.compile(r"run folder: |[\d,]+ steps: evaluation |to (watch|evaluate) it: |finished at step ")
     return status, [line for line in capture.readouterr().err.splitlines() if not usual.match(line)]
 
 
@@ -399,6 +399,38 @@ def test_a_state_of_other_code_is_refused(tmp_path):
 
 
 # What a resumed run keeps
+
+
+def test_a_finished_run_resumed_keeps_what_tells_how_it_was_made(tmp_path, monkeypatch, capsys):
+    """With other arguments, too: nothing was made by these. One line says why nothing is trained."""
+    folder = tmp_path / "run"
+    command_line(monkeypatch, capsys, "--run-dir", folder)
+    names = ("args.json", "agent.pt", "checkpoint.pt")
+    before = {name: (folder / name).read_bytes() for name in names}
+    for given in (("--total-steps", "200"), ("--eval-episodes", "3")):
+        monkeypatch.setattr(sys, "argv", ["agent.py", "--resume", str(folder), *given])
+        main(Args, train, lambda env: {})
+        assert "finished at step 1,000; more --total-steps go on" in capsys.readouterr().err.splitlines()
+    assert {name: (folder / name).read_bytes() for name in names} == before
+
+
+def test_a_run_finished_but_for_its_agent_is_given_one_by_its_own_arguments(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    command_line(monkeypatch, capsys, "--run-dir", folder)
+    (folder / "agent.pt").unlink()
+    assert command_line(monkeypatch, capsys, "--resume", folder, "--total-steps", "200") == (0, [])
+    assert load_checkpoint(folder / "agent.pt", "")["args"]["total_steps"] == 1000
+
+
+def test_a_run_resumed_with_other_arguments_tells_those_of_each_part(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    command_line(monkeypatch, capsys, "--run-dir", folder)
+    for steps in ("1200", "1200", "1500"):
+        assert command_line(monkeypatch, capsys, "--resume", folder, "--total-steps", steps) == (0, [])
+    told = json.loads((folder / "args.json").read_text())
+    parts = [(part["until_step"], part["args"]["total_steps"]) for part in told["earlier"]]
+    assert parts == [(1000, 1000), (1200, 1200)] and told["args"]["total_steps"] == 1500
+    assert told["resumed_at_step"] == 1200
 
 
 def test_resumed_with_another_argument(tmp_path, monkeypatch, capsys):

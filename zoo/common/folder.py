@@ -60,8 +60,18 @@ def old_folder(folder: Path) -> IO[str]:
     return lock
 
 
-def describe(path: Path, args: dict, agent: str, engine: str | None, step: int) -> None:
-    """Write args.json: what is needed to repeat the run and to compare its speed. Raises OSError."""
+def describe(path: Path, args: dict, agent: str, engine: str | None, step: int = 0) -> None:
+    """Write args.json: what is needed to repeat the run and to compare its speed. Raises OSError.
+
+    step: where a resumed run goes on. The arguments of the parts before, where they were others, stay in it,
+    each with the step up to which they held.
+    """
+    earlier: list[dict] = []
+    if step and path.exists():
+        before, now = json.loads(path.read_text()), json.loads(json.dumps(args))
+        earlier = before.get("earlier", [])
+        if any(before["args"].get(name) != now[name] for name in now if name not in ("run_dir", "resume")):
+            earlier.append({"until_step": step, "args": before["args"]})
 
     def version(package: str) -> str | None:
         try:
@@ -88,6 +98,7 @@ def describe(path: Path, args: dict, agent: str, engine: str | None, step: int) 
         "agent": agent,
         "args": args,
         "resumed_at_step": step or None,
+        "earlier": earlier,
         "engine": engine,
         "versions": versions,
         "commit": commit,

@@ -62,6 +62,8 @@ class Run:
         self._evaluate = evaluate
         self._recent: deque[tuple[float, int]] = deque(maxlen=100)  # (return, length) of the last episodes
         self._saved: Any = None  # the state to be restored
+        self._resumed_at = 0  # the step of the checkpoint that it goes on from
+        self._made_by: dict | None = None  # the arguments of the part before, until a step is made by these
         self._owed: dict | None = None  # for the evaluation that was due when the checkpoint was written
         self._open = contextlib.ExitStack()  # what close() has to close
         self._process = present_process()
@@ -75,8 +77,10 @@ class Run:
                 self.folder, lock = new_folder(args, agent)
                 self._open.enter_context(lock)
             self._process.folder = self.folder
+            self._engine = engine
             with writing(self.folder):
-                describe(self.folder / "args.json", dataclasses.asdict(args), agent, engine, self.step)
+                if not args.resume:
+                    describe(self.folder / "args.json", dataclasses.asdict(args), agent, engine)
                 self._logs = Logs(self.folder, args, self.step, unit)
             self._open.callback(self._logs.close)
         self._saved_at = time.perf_counter()
@@ -95,7 +99,8 @@ class Run:
             if name in saved["args"] and was != wanted:
                 reason = f"the run in {self.folder} was made with {was} and keeps it"
                 raise UsageError(f"{flag(name)} {wanted}: {reason}")
-        self.step = self._process.saved_step = saved["step"]
+        self.step = self._resumed_at = self._process.saved_step = saved["step"]
+        self._made_by = saved["args"]
         self._recent.extend((return_, length) for return_, length in saved["run"]["recent"])
         self._saved, self._owed = saved["state"], saved["run"]["owed"]
         return saved["run"]["wall_time"]
@@ -147,6 +152,10 @@ class Run:
             if self._recent:
                 row["train_return"], row["train_length"] = np.mean(self._recent, axis=0).tolist()
             with writing(self.folder):
+                if self._made_by is not None:  # the first step that a resumed run has made
+                    self._made_by, described = None, dataclasses.asdict(self.args)
+                    path = self.folder / "args.json"
+                    describe(path, described, self.agent, self._engine, self._resumed_at)
                 self._logs.report(row, values, episodes)
                 if content is not None:
                     owed = {"acting": portable(acting, "acting"), "columns": [*row, *values]}
@@ -164,9 +173,13 @@ class Run:
         """
         with self._closed_on_error():
             content, agent_content = portable(state), portable(acting, "acting")
-            with writing(self.folder):
-                self._save(content)
-                save_checkpoint(self.folder / "agent.pt", {**self._identity(), "state": agent_content})
+            finished_before = self._made_by is not None and (self.folder / "agent.pt").is_file()
+            if finished_before:  # by a run whose arguments stay with what they have made
+                self._logs.say(f"finished at step {self.step:,}; more --total-steps go on")
+            else:
+                with writing(self.folder):
+                    self._save(content)
+                    save_checkpoint(self.folder / "agent.pt", {**self._identity(), "state": agent_content})
             self._process.trained, self._process.doing = True, "the final evaluation"
             values = self._evaluated(acting, final=True)
         self.close()
@@ -212,7 +225,7 @@ class Run:
         return values
 
     def _identity(self) -> dict:
-        args = portable(dataclasses.asdict(self.args), "args")
+        args = self._made_by or portable(dataclasses.asdict(self.args), "args")
         return {"agent": self.agent, "env": self.args.env, "args": args}
 
     def _save(self, state: Any, owed: dict | None = None) -> None:
