@@ -7,6 +7,7 @@
 Loading agent.pt executes no code; only agents of the zoo itself are played.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,14 +46,19 @@ def main() -> int:
         torch.set_num_threads(1)  # a second one gains nothing, and beside other programs costs twice the time
         envs = make_envs(agent.env, min(args.episodes, 10))
         returns, lengths = evaluate(agent.acts, envs, args.episodes, args.seed)
+        print(f"evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
+        line = f"min {returns.min():.2f}, max {returns.max():.2f}, mean length {lengths.mean():.1f} steps"
+        print(line, flush=True)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RunFault as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
-    print(f"min {returns.min():.2f}, max {returns.max():.2f}, mean length {lengths.mean():.1f} steps")
+    except OSError as error:  # a full disk, or a pipe that nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at its end
+        print(f"error: the evaluation cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
     return 0
 
 

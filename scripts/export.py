@@ -67,12 +67,16 @@ def _network(agent: Agent) -> tuple[nn.Module, Callable[[Any], Any]]:
     """The agent's network and its function from observations (N, D) to the policy's distribution."""
     module: Any = importlib.import_module(f"zoo.{agent.name}")
     args: Any = agent.args
-    if hasattr(module, "ActorCritic"):
-        net = module.ActorCritic(agent.envs, args.hidden, args.log_std, args.shared_network)
-        policy = module.policy_at(net, agent.state["obs_stats"])
-    else:
+    require(agent.name != "dppo", f"{agent!r}: its action is sampled step by step, which is not exported")
+    if agent.name == "sac":
         net = module.Actor(agent.envs, args.hidden)
         policy = module.policy_at(net)
+    else:
+        if agent.name == "grpo":
+            net = module.PolicyNetwork(agent.envs, args.hidden, args.log_std)
+        else:
+            net = module.ActorCritic(agent.envs, args.hidden, args.log_std, args.shared_network)
+        policy = module.policy_at(net, agent.state["obs_stats"])
     loader(net)(agent.state["params"])
     return net, policy
 

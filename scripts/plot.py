@@ -245,7 +245,12 @@ def draw_curves(
             axes.fill_between(curve.x, *interval(curve.returns), **shade)
         count = f"{len(curve.returns)} seed{'s' if len(curve.returns) > 1 else ''}"
         handles += axes.plot(
-            curve.x, curve.returns.mean(0), linewidth=2, label=f"{curve.label} ({count})", **look
+            curve.x,
+            curve.returns.mean(0),
+            linewidth=2,
+            marker="o" if len(curve.x) == 1 else None,
+            label=f"{curve.label} ({count})",
+            **look,
         )
         if row is not None:
             text = f"{float(row['value']):,.0f} ({row['source']})"
@@ -315,7 +320,8 @@ def draw(
     for axes in grid[-1]:
         axes.set_xlabel("environment steps" if x == "steps" else "seconds")
     figure.suptitle(title, fontsize=12)
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    beside = min(3, max(1, 120 // max(len(handle.get_label()) for handle in handles)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=beside, fontsize=9, frameon=False)
     save(figure, out, fingerprint(folders, published))
 
 
@@ -331,7 +337,10 @@ def main() -> int:
         folders = list(args.folders) or sorted(
             path.parent for path in args.results.glob(f"*/{args.env}/meta.json")
         )
-        require(bool(folders), f"--env {args.env}: no agent has results on it in {args.results}")
+        require(
+            bool(folders),
+            f"--env {args.env}: no agent has results on it in {args.results}; name the folders of runs",
+        )
         labels = list(args.labels) or [label(folder) for folder in folders]
         require(len(labels) == len(folders), f"--labels: {len(labels)} names for {len(folders)} curves")
         title, default = args.env or task(folders), Path("curves.png")

@@ -563,9 +563,9 @@ def pictures(rows: Sequence[Row], results: Path) -> list[Picture]:
             out = results / "tour" / f"{after}.png"
             found.append(Picture(out, folders, [before, after], caption, until, listed=False))
     by_name = {f"{row.variant}/{row.agent}/{row.task}".lstrip("/"): row for row in rows}
-    for name, (labels, columns) in BESIDE.items():
-        if set(labels) <= set(by_name):
-            folders, names = [by_name[key].folder for key in labels], list(labels.values())
+    for name, (of, columns) in BESIDE.items():
+        if set(of) <= set(by_name):
+            folders, names = [by_name[key].folder for key in of], list(of.values())
             task = plot.task(folders)
             found.append(Picture(results / name, folders, names, task, columns=columns, listed=False))
     return found

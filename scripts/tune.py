@@ -344,7 +344,7 @@ def tune(args: Args) -> None:
         values = {each.name: each.suggest(optuna.trial.FixedTrial(study.best_params)) for each in ranges
                   if each.name in study.best_params}  # fmt: skip
         print(f"best: {study.best_value:.6g} in trial {study.best_trial.number}")
-        print(command(args.agent, args.env, values))
+        print(shlex.join([*shlex.split(command(args.agent, args.env, values)), *shlex.split(args.args)]))
         draw(study, folder / "importance.png")
         if args.confirm:
             compare(module, default, values, args.confirm, folder)

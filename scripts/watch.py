@@ -9,6 +9,7 @@ tasks are drawn by EGL; where that is missing, MUJOCO_GL=osmesa draws them witho
 
 import contextlib
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -105,7 +106,7 @@ def check(args: Args) -> None:
     require(args.size % 2 == 0, f"--size must be even, not {args.size}")
     shown = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if args.video is None:
-        command = f"MUJOCO_GL=egl python scripts/watch.py {args.run} --video agent.gif"
+        command = shlex.join(["python", sys.argv[0], str(args.run), "--video", "agent.gif"])
         require(bool(shown), f"there is no display here; to write a video instead: {command}")
         return
     require(args.video.suffix in (".mp4", ".gif"), f"--video {args.video}: end the name in .mp4 or .gif")

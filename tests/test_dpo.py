@@ -1,5 +1,7 @@
 """DPO on tokens: the loss by hand, its gradient's weight, rounds, variants, the command line."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from command import rows, run, run_script
@@ -8,6 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from zoo import dpo
 from zoo.common.errors import UsageError
+from zoo.common.tokens import Sort
 
 
 def tables():
@@ -105,6 +108,59 @@ def test_later_rounds_are_written_by_the_policy_of_then(whole, tmp_path):
         assert torch.equal(first, state["ref"])
         assert torch.equal(last, state["ref"]) == (folder == tmp_path)
         assert not torch.equal(last, state["params"])
+
+
+@pytest.fixture(scope="module")
+def updates(tmp_path_factory):
+    """The arguments of every update of a run of two rounds, of 64 pairs and 8 updates each."""
+    calls = []
+
+    def recording(update, *_):
+        def record(*arguments):
+            calls.append(arguments)
+            return update(*arguments)
+
+        return record
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dpo, "compile_function", recording)
+        many = ("--online", "2", "--total-steps", "512", "--learning-rate", "1e-2")
+        run(dpo, *TINY, *many, "--run-dir", str(tmp_path_factory.mktemp("updates")))
+    return calls
+
+
+def test_a_later_round_learns_from_the_pairs_of_all_rounds(updates):
+    """Half of the pairs of the second round's batches are the first's, and most of the first's were seen."""
+
+    def pairs(some):
+        batches = [torch.cat((b.prompt, b.chosen, b.rejected), 1) for _, _, b, _ in some]
+        return list(map(tuple, torch.cat(batches).tolist()))
+
+    first, second = pairs(updates[:8]), pairs(updates[8:])
+    assert len(first) == len(second) == 256 and 50 < len(set(first)) <= 64
+    assert 0.3 < sum(pair in set(first) for pair in second) / 256 < 0.7
+
+
+def test_rewards_are_held_to_the_reference_in_every_round(updates):
+    """That a run starts from, not to the policy that wrote a round's pairs."""
+    task = Sort(3)
+    torch.manual_seed(0)
+    settings = SimpleNamespace(dim=8, layers=2, heads=2, reference_scale=1.0)
+    _, policy = dpo.make_network(task, settings, task.vocab, torch.device("cpu"))
+    ref, writer = updates[0][0], updates[8][0]
+    for _, _, batch, _ in updates:
+        for response, found in ((batch.chosen, batch.ref_chosen), (batch.rejected, batch.ref_rejected)):
+            log_prob = dpo.log_probs(policy, ref, batch.prompt, response).sum(-1)
+            torch.testing.assert_close(found, log_prob, rtol=0, atol=1e-4)
+            written = dpo.log_probs(policy, writer, batch.prompt, response).sum(-1)
+            assert not torch.allclose(found, written, rtol=0, atol=1e-2)
+
+
+def test_it_learns_count(tmp_path):
+    """10,000 comparisons, each seen about once, bring the policy a sixth of the way to the optimum."""
+    small = ("--layers", "1", "--heads", "2", "--comparisons", "10000", "--total-steps", "10000")
+    count = ("--env", "Count", "--learning-rate", "8e-3", "--beta", "1", "--no-progress")
+    assert run(dpo, *count, *small, "--run-dir", str(tmp_path / "r")) < 0.85
 
 
 def stopped_at(step, *arguments):

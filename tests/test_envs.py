@@ -275,6 +275,18 @@ def test_an_unknown_id_is_told_with_the_nearest(env_id, nearest):
     assert nearest in message.split("nearest: ")[1].split(", ")
 
 
+def test_an_id_without_its_version_is_refused_and_the_newest_named(recwarn):
+    """Settings and results go by the id, and what is newest depends on the Gymnasium that is installed."""
+    with pytest.raises(UsageError, match=r"\A--env CartPole does not say which version.* CartPole-v1\Z"):
+        make_envs("CartPole", 1)
+    assert not recwarn.list
+
+
+def test_a_task_of_ones_own_without_its_module_is_told_how_to_name_it():
+    with pytest.raises(UsageError, match=r"--env MODULE:nowhere/Tank-v0\Z"):
+        make_envs("nowhere/Tank-v0", 1)
+
+
 @pytest.mark.parametrize("env_id", ["", "qqqqqq", "nosuchmodule:Env-v0", "CartPole-v999", "a b/c"])
 def test_other_ids_that_cannot_be_made(env_id):
     with pytest.raises(UsageError, match=r"--env [^\n]*\Z"):

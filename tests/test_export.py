@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import agents
 import export
@@ -10,6 +11,9 @@ import onnxruntime
 import pytest
 
 import zoo
+from zoo.common.errors import UsageError
+
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 @pytest.fixture
@@ -48,6 +52,17 @@ def test_a_trained_agent(train, tmp_path, command):
     status, out, errors = command(folder, "--out", tmp_path / "a.onnx")
     assert (status, errors) == (0, []) and str(tmp_path / "a.onnx") in out
     check_equal(zoo.load(folder), tmp_path / "a.onnx", scale=3.0)
+
+
+def test_an_agent_without_a_critic(tmp_path):
+    agent = zoo.load(RESULTS / "grpo" / "CartPole-v1")
+    (tmp_path / "a.onnx").write_bytes(export.to_onnx(agent))
+    check_equal(agent, tmp_path / "a.onnx", scale=3.0)
+
+
+def test_an_agent_that_samples_is_refused():
+    with pytest.raises(UsageError, match="its action is sampled"):
+        export._network(SimpleNamespace(name="dppo", args=None))
 
 
 @pytest.mark.parametrize(("task", "scale"), [("Bounds", 30.0), ("BoxInteger", 30.0), ("Far", 1e8)])

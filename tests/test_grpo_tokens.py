@@ -1,5 +1,7 @@
 """GRPO on tokens: advantages and losses by hand, against a plain policy gradient, the command line."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from command import rows, run, run_script
@@ -7,6 +9,7 @@ from torch.func import grad
 
 from zoo import grpo_tokens
 from zoo.common.errors import UsageError
+from zoo.common.tokens import Add
 from zoo.grpo_tokens import Args, Group, group_advantages, grpo_loss, process_advantages, token_sum
 
 
@@ -83,6 +86,21 @@ def test_the_kl_as_a_loss_by_hand():
     assert grpo_loss(new, batch, response)[0].item() == pytest.approx(rest.item() + 2 * k2 / 3, rel=1e-5)
 
 
+def test_the_correction_of_the_kl_weighs_it_by_the_ratio():
+    """k2 of each token times its ratio to the old policy; of a whole response times the response's."""
+    shift = torch.tensor([[0.5, -0.2, 0.1], [0.1, 0.2, 0.0]])
+    new, batch = batch_of(shift)
+    for level in ("token", "response"):
+        args = Args(kl="k2", kl_in="loss", kl_level=level, kl_correction=True, beta=2.0, length="constant")
+        rest = grpo_loss(new, batch, Args(length="constant"))[0]
+        if level == "token":
+            kl = (shift.exp() * (shift + 0.1) ** 2 / 2 * batch.mask).sum()
+        else:  # the responses' ratios are exp(.4) and exp(.3), those to the reference exp(.7) and exp(.5)
+            kl = (torch.tensor([0.4, 0.3]).exp() * torch.tensor([0.7, 0.5]) ** 2 / 2).sum()
+        found = grpo_loss(new, batch, args)[0]
+        assert found.item() == pytest.approx(rest.item() + 2 * kl.item() / 2 / 3, abs=1e-6), level
+
+
 @pytest.mark.parametrize("length", ["response", "batch", "constant"])
 @pytest.mark.parametrize("ratio", ["token", "response"])
 def test_padding_changes_nothing_bit_for_bit(length, ratio):
@@ -145,6 +163,42 @@ def test_variants_run(arguments, by_default, tmp_path):
     """... and learn something else than the defaults."""
     run(grpo_tokens, *ADD, *arguments, "--run-dir", str(tmp_path))
     assert not torch.equal(policy(tmp_path), by_default)
+
+
+@pytest.mark.parametrize("level", ["response", "process"])
+@pytest.mark.parametrize("std", ["--std", "--no-std"])
+def test_a_response_is_compared_with_the_others_to_its_prompt(level, std, tmp_path, monkeypatch):
+    """A batch's log-probabilities and, without KL, advantages, from its prompts and responses alone."""
+    calls = []
+
+    def recording(update, *_):
+        def record(*arguments):
+            calls.append(arguments)
+            return update(*arguments)
+
+        return record
+
+    monkeypatch.setattr(grpo_tokens, "compile_function", recording)
+    once = ("--total-steps", "32", "--num-epochs", "1", "--num-minibatches", "1", "--beta", "0")
+    run(grpo_tokens, *ADD, *once, "--level", level, std, "--run-dir", str(tmp_path))
+    [(params, _, batch, _)] = calls
+    task, mask = Add(2), batch.mask
+    settings = SimpleNamespace(dim=8, layers=2, heads=2, reference_scale=1.0)
+    _, forward = grpo_tokens.make_network(task, settings, task.vocab, torch.device("cpu"))
+    log_prob = grpo_tokens.log_probs(forward, params, batch.prompt, batch.response)
+    torch.testing.assert_close(batch.log_prob * mask, log_prob * mask, rtol=1e-4, atol=1e-5)
+    reward = task.step_reward(batch.prompt, batch.response)
+    for prompt in batch.prompt.unique(dim=0):
+        rows = (batch.prompt == prompt).all(-1)
+        of = reward[rows][mask[rows]] if level == "process" else reward[rows].sum(-1)
+        scale = of.std() + 1e-4 if std == "--std" else 1.0
+        if level == "process":
+            expected = (((reward[rows] - of.mean()) / scale) * mask[rows]).flip(-1).cumsum(-1).flip(-1)
+        else:
+            expected = ((of - of.mean()) / scale)[:, None]
+        torch.testing.assert_close(batch.advantage[rows], expected * mask[rows], rtol=1e-4, atol=1e-5)
+        assert rows.sum() == 8
+    assert batch.advantage.abs().max() > 0.1 and not mask.all()
 
 
 def test_it_learns_count(tmp_path):

@@ -1,6 +1,7 @@
 """RLHF on tokens: the GPT and its cache, masks, estimators and losses by hand, the stages."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -262,6 +263,33 @@ def agent(folder):
     return torch.load(folder / "agent.pt", weights_only=True)["state"]
 
 
+def recorded(monkeypatch, function):
+    """The arguments of every call that rlhf will make of its `function`."""
+    calls, real = [], getattr(rlhf, function)
+
+    def record(*arguments):
+        calls.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(rlhf, function, record)
+    return calls
+
+
+def recorded_updates(monkeypatch):
+    """The arguments of every update of the ppo stages to come."""
+    calls = []
+
+    def recording(update, *_):
+        def record(*arguments):
+            calls.append(arguments)
+            return update(*arguments)
+
+        return record
+
+    monkeypatch.setattr(rlhf, "compile_function", recording)
+    return calls
+
+
 def test_all_stages_leave_their_folders(finished):
     for stage in ("supervised", "reward", "ppo"):
         names = {path.name for path in (finished / stage).iterdir()}
@@ -323,6 +351,95 @@ def test_variants_run(arguments, by_rule, tmp_path):
     """... and learn something else than the defaults."""
     run(rlhf, *SORT, "--reward", "rule", *arguments, "--run-dir", str(tmp_path))
     assert not torch.equal(agent(tmp_path / "ppo")["params"], by_rule["params"])
+
+
+def test_it_learns_count(tmp_path):
+    """Twenty batches of the rule's rewards bring the policy a quarter of the way to the optimum."""
+    small = ("--layers", "1", "--dim", "16", "--heads", "2", "--batch-size", "128", "--no-progress")
+    count = ("--env", "Count", "--reward", "rule", "--total-steps", "2560", "--learning-rate", "1e-2")
+    assert run(rlhf, *count, *small, "--run-dir", str(tmp_path / "r")) < 0.75
+
+
+def test_learning_rates_rise_at_first_and_fall_over_the_ppo_stage(tmp_path, monkeypatch):
+    """As Adam is given them: up over 20 supervised steps, and linearly down over 4 batches of 8 steps."""
+    calls = recorded(monkeypatch, "adam")
+    run(rlhf, *SORT, "--reward", "rule", "--supervised-steps", "22", "--run-dir", str(tmp_path))
+    rise = [3e-3 * (step + 1) / 20 for step in range(20)] + [3e-3] * 2
+    fall = [1e-3 * (1 - batch / 4) for batch in range(4) for _ in range(8)]
+    assert [float(learning_rate) for *_, learning_rate in calls] == pytest.approx(rise + fall)
+
+
+def test_a_reward_model_scores_better_answers_higher(tmp_path):
+    """Of labels nearly without noise: pairs of new responses, as the rule orders them."""
+    learn = ("--reward-learning-rate", "1e-2", "--reward-epochs", "8", "--comparisons", "1000")
+    small = ("--digits", "2", "--dim", "16", "--layers", "1", "--answers", "4", "--temperature", "1e-3")
+    for stage in ("supervised", "reward"):
+        run(rlhf, *SORT, *learn, *small, "--stage", stage, "--run-dir", str(tmp_path))
+    task = Sort(2)
+    _, model = network(task, 1, dim=16, layers=1)
+    prompt = task.prompts(2000, generator()).repeat_interleave(2, 0)
+    response = torch.randint(10, (4000, 2), generator=generator(1))
+    rule = task.reward(prompt, response).view(-1, 2).diff(dim=1)
+    [member] = agent(tmp_path / "reward")["members"]
+    score = reward_scores(model, member, prompt, response, task.mask(response)).view(-1, 2).diff(dim=1)
+    assert score[rule > 0].mean() > 0.1 and score[rule < 0].mean() < -0.1
+
+
+def test_reward_models_that_start_alike_part(finished, tmp_path, monkeypatch):
+    """Two models of one and the same head become two, for each learns from batches of its own."""
+    make_network = rlhf.make_network
+
+    def alike(*arguments):
+        torch.manual_seed(0)
+        return make_network(*arguments)
+
+    monkeypatch.setattr(rlhf, "make_network", alike)
+    calls = recorded(monkeypatch, "adam")
+    stages = ("--stage", "reward", "--earlier", str(finished), "--run-dir", str(tmp_path))
+    run(rlhf, *SORT, "--ensemble", "2", *stages)
+    assert torch.equal(*calls[0][0])
+    assert not torch.equal(*agent(tmp_path / "reward")["members"])
+
+
+def test_a_response_is_paid_the_reward_models_mean_less_a_constant(finished, tmp_path, monkeypatch):
+    """Without KL and with lambda 1 a return is the score; however high the models score, 0 on average."""
+    earlier = tmp_path / "earlier"
+    shutil.copytree(finished, earlier)
+    saved = torch.load(earlier / "reward" / "agent.pt", weights_only=True)
+    saved["state"]["members"][:, -1] += 5  # the bias of the head
+    torch.save(saved, earlier / "reward" / "agent.pt")
+    calls = recorded_updates(monkeypatch)
+    once = ("--batch-size", "256", "--total-steps", "256", "--num-epochs", "1", "--num-minibatches", "1")
+    stages = ("--stage", "ppo", "--earlier", str(earlier), "--run-dir", str(tmp_path / "run"))
+    run(rlhf, *SORT, *once, "--ensemble", "2", "--beta", "0", "--gae-lambda", "1", *stages)
+    [(_, _, batch, _, _)] = calls
+    _, model = network(Sort(3), 1, dim=8)
+    scores = [
+        reward_scores(model, member, batch.prompt, batch.response, batch.mask)
+        for member in saved["state"]["members"]
+    ]
+    paid = batch.return_[:, 0]
+    shift = torch.stack(scores).mean(0) - paid
+    torch.testing.assert_close(shift, shift.mean().expand(256), rtol=0, atol=1e-4)
+    assert paid.mean().abs() < 1 and not torch.allclose(scores[0], scores[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("other", ["0.5", "0"])
+def test_ptx_keeps_what_demonstrations_show(other, tmp_path):
+    """With --other, held-out answers of the other task become far likelier than without ptx; else the
+    task's own.
+    """
+    task = Sort(3)
+    _, policy = network(task, dim=8)
+    prompt = task.prompts(500, generator(), held_out=True)
+    prompt = task.other(prompt) if other != "0" else prompt
+    loss = {}
+    for ptx in ("0", "1"):
+        learn = ("--total-steps", "256", "--learning-rate", "2e-2", "--other", other, "--ptx", ptx)
+        run(rlhf, *SORT, "--reward", "rule", *learn, "--run-dir", str(tmp_path / ptx))
+        params = agent(tmp_path / ptx / "ppo")["params"]
+        loss[ptx] = -log_probs(policy, params, prompt, task.answer(prompt)).mean()
+    assert loss["1"] < 0.7 * loss["0"]
 
 
 @pytest.mark.parametrize(

@@ -524,7 +524,9 @@ def test_killed_while_running(tmp_path):
 def test_interrupt_then_resume(tmp_path, monkeypatch, capsys, at):
     train(Args(run_dir=str(tmp_path / "whole")))
     folder = tmp_path / "run"
-    for kill, status, step in ((signal.SIGINT, 130, 300), (signal.SIGTERM, 143, 600)):
+    for kill, status, step in (
+        (signal.SIGINT, 130, 300), (signal.SIGTERM, 143, 600), (signal.SIGHUP, 129, 900),
+    ):  # fmt: skip
         where = ("--resume", folder) if folder.exists() else ("--run-dir", folder)
         got = command_line(monkeypatch, capsys, *where, f"--{at}", step, "--kill", int(kill))
         message = f"interrupted at step {step}; resume with: python agent.py --resume {folder}"
@@ -708,6 +710,8 @@ def test_endings_of_the_command_line(tmp_path, monkeypatch, capsys):
         ({"seed": 2**31}, "--seed must be less than 2**31, not 2147483648"),
         ({"checkpoint_every": 0.0}, "--checkpoint-every must be greater than 0 seconds, not 0"),
         ({"checkpoint_every": float("nan")}, "--checkpoint-every must be greater than 0 seconds, not nan"),
+        ({"resume": ""}, "--resume is empty; a folder is meant"),
+        ({"run_dir": ""}, "--run-dir is empty; a folder is meant"),
         (
             {"run_dir": "a", "resume": "b"},
             "--run-dir a and --resume b exclude each other: a resumed run stays in its folder",

@@ -8,7 +8,7 @@ from gymnasium.utils.env_checker import check_env
 from zoo.common import tokens
 from zoo.common.envs import make_envs
 from zoo.common.errors import UsageError
-from zoo.common.tokens import Add, Count, Sort, gap, make_task, objective, optimum, rank
+from zoo.common.tokens import Add, Count, Sort, gap, make_task, measure, objective, optimum, rank
 
 
 def generator(seed=0):
@@ -162,6 +162,60 @@ def test_rankings_are_plackett_and_luces():
     chance = weight[1] / weight.sum() * weight[0] / (weight[0] + weight[2])
     found = (order == torch.tensor([1, 0, 2])).all(-1).double().mean()
     assert abs(found - chance) < 4 * (chance * (1 - chance) / 100_000) ** 0.5
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", [Sort(3), Add(2)], ids=lambda t: t.name)
+def test_evaluations_ask_what_no_training_saw(task):
+    """Held-out prompts, and with `other` the same for the other task; half of the answers are right."""
+    asked = []
+
+    def write(prompt, generator):
+        asked.append(prompt)
+        answer = task.answer(prompt)
+        answer[::2] = (answer[::2] + 1) % task.vocab
+        return answer, torch.zeros(answer.shape)
+
+    def same(prompt, response):
+        return torch.zeros(response.shape)
+
+    found = measure(task, write, same, same, 0.1, 500, 0, torch.device("cpu"), other=task.name == "Sort")
+    assert len(asked[0]) == 500 and task.is_held_out(asked[0]).all()
+    assert found["eval_exact"] == 0.5 and found["eval_kl"] == 0
+    if task.name == "Sort":
+        assert torch.equal(asked[1], task.other(asked[0])) and found["eval_other"] == 0.5
+
+
+def test_an_evaluations_kl_is_the_policys_to_the_reference():
+    """Of two tables: by 20,000 samples within four standard errors of the sum; and the gap by enumeration."""
+    task, beta = Count(vocab=3, length=3, num_prompts=2), 0.4
+    policy, ref = random_policy(task, 1), random_policy(task, 2)
+    responses = task.every_response()
+
+    def of(table):
+        """A table's log-probabilities, each response's spread evenly over its tokens."""
+
+        def log_prob(prompt, response):
+            row = (prompt[:, None] == task.every_prompt).all(-1).long().argmax(-1)
+            column = (response[:, None] == responses).all(-1).long().argmax(-1)
+            return (table[row, column] / 3)[:, None].expand(-1, 3)
+
+        return log_prob
+
+    def write(prompt, generator):
+        row = (prompt[:, None] == task.every_prompt).all(-1).long().argmax(-1)
+        response = responses[policy[row].exp().multinomial(1, generator=generator).squeeze(-1)]
+        return response, of(policy)(prompt, response)
+
+    found = measure(task, write, of(policy), of(ref), beta, 20_000, 0, torch.device("cpu"))
+    kl = (policy.exp() * (policy - ref)).sum(-1).mean()
+    square = (policy.exp() * (policy - ref) ** 2).sum(-1).mean()
+    assert abs(found["eval_kl"] - kl) < 4 * ((square - kl**2) / 20_000) ** 0.5 < kl / 5
+    reward = task.reward(*task.everything()).view(2, -1).double()
+    assert found["eval_gap"] == pytest.approx(gap(policy, reward, ref, beta).item())
+    assert found["eval_reward"] == pytest.approx((policy.exp() * reward).sum(-1).mean().item(), abs=0.05)
 
 
 # --- environments -------------------------------------------------------------------------------------------

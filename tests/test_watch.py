@@ -154,7 +154,7 @@ def test_an_mp4_without_its_extra(cartpole, tmp_path, command, monkeypatch):
 def test_without_a_display_the_video_is_named(cartpole, command):
     status, out, errors = command(cartpole)
     assert (status, out, len(errors)) == (2, "", 1)
-    assert f"MUJOCO_GL=egl python scripts/watch.py {cartpole} --video agent.gif" in errors[0]
+    assert f"{cartpole} --video agent.gif" in errors[0]
 
 
 @pytest.mark.parametrize("renderer", ["glfw", "nonsense"])

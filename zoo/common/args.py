@@ -168,6 +168,8 @@ def check_args(
         args.checkpoint_every > 0,
         f"--checkpoint-every must be greater than 0 seconds, not {args.checkpoint_every:g}",
     )
+    for name in ("run_dir", "resume"):  # what a script gives whose variable is not set
+        require(getattr(args, name) != "", f"{flag(name)} is empty; a folder is meant")
     require(
         not (args.run_dir and args.resume),
         f"--run-dir {args.run_dir} and --resume {args.resume} exclude each other: "

@@ -141,7 +141,8 @@ def main(args_class: type[Args], train: Callable[[Args], Any], defaults_for: Cal
     """Parse sys.argv, train, and tell in one line how it ended when it ended badly.
 
     defaults_for: the agent's table, from an environment's id to the fields whose defaults differ there.
-    Exit status: 2 for what the user got wrong, 1 for a fault of the run, 130 after Ctrl-C, 143 after SIGTERM.
+    Exit status: 2 for what the user got wrong, 1 for a fault of the run, 130 after Ctrl-C, 143
+    after SIGTERM, 129 after SIGHUP.
     """
     process = Process()
     try:

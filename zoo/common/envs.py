@@ -155,6 +155,7 @@ def _without_deprecations(env_id: str) -> Iterator[None]:
     handler = mujoco and mujoco.get_mju_user_warning()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", ".*Using the latest versioned environment")  # said by make_single
         if mujoco:
             mujoco.set_mju_user_warning(lambda message: None)
         try:
@@ -172,7 +173,7 @@ def make_single(env_id: str, **options: Any) -> gym.Env:
     try:
         with _without_deprecations(env_id):
             # The passive checker warns on every step of every copy; what it looks at is checked here as well.
-            return gym.make(env_id, disable_env_checker=True, **options)
+            env = gym.make(env_id, disable_env_checker=True, **options)
     except gym.error.DependencyNotInstalled as error:
         message = " ".join(str(error).split())
         if "box2d" in message.lower():  # Gymnasium's own advice would leave our extra unmentioned
@@ -184,7 +185,9 @@ def make_single(env_id: str, **options: Any) -> gym.Env:
         if env_id.startswith("ALE/"):  # importing the part before the colon registers the tasks
             advice = f"pip install ale-py and give --env ale_py:{env_id}"
             raise UsageError(f"--env {env_id} needs the package ale-py: {advice}") from error
-        raise UsageError(f"--env {env_id}: {' '.join(str(error).split())}{_nearest(env_id)}") from error
+        told = " ".join(str(error).split())
+        own = f"; a task of your own needs its module: --env MODULE:{env_id}" if ":" not in env_id else ""
+        raise UsageError(f"--env {env_id}: {told}{_nearest(env_id)}{own}") from error
     except ModuleNotFoundError as error:  # of one's own task, or of what its module imports
         missing = getattr(error.__cause__ or error, "name", None)
         ones_own = f"{env_id.partition(':')[0]}.".startswith(f"{missing}.")
@@ -199,6 +202,10 @@ def make_single(env_id: str, **options: Any) -> gym.Env:
             told = f"MuJoCo cannot be imported with MUJOCO_GL={renderer}: {message}; try egl, osmesa or none"
             raise UsageError(f"--env {env_id}: {told}") from error
         raise UsageError(f"--env {env_id} cannot be made: {type(error).__name__}: {message}") from error
+    if env.spec is not None and env.spec.id != env_id.rpartition(":")[2]:
+        env.close()  # settings go by the id, and another Gymnasium may have a newer one
+        raise UsageError(f"--env {env_id} does not say which version; the newest is {env.spec.id}")
+    return env
 
 
 def _nearest(env_id: str) -> str:

@@ -73,6 +73,8 @@ def load_checkpoint(path: Path, flag: str, agent: str | None = None, env: str | 
         return UsageError(f"{flag} {path.parent}: {path.name} {reason}")
 
     try:
+        if path.parent.is_file():
+            raise UsageError(f"{flag} {path.parent}: is a file; the folder that it lies in is meant")
         if not path.parent.is_dir():
             raise UsageError(f"{flag} {path.parent}: no such folder")
         if not path.is_file():

@@ -33,7 +33,8 @@ class Process:
     def __enter__(self) -> "Process":
         self.closing.callback(setattr, threading, "excepthook", threading.excepthook)
         threading.excepthook = _report_thread_failure
-        for number in (signal.SIGINT, signal.SIGTERM):
+        hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []  # nohup's
+        for number in (signal.SIGINT, signal.SIGTERM, *hangup):
             self.closing.callback(signal.signal, number, signal.signal(number, self._ask_to_stop))
         self.closing.callback(_present.reset, _present.set(self))
         return self
