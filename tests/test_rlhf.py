@@ -10,7 +10,7 @@ from command import rows, run, run_script
 from torch.func import grad
 from torch.nn.functional import logsigmoid
 
-from zoo import rlhf
+from zoo import dpo, grpo_tokens, rlhf
 from zoo.common.errors import UsageError
 from zoo.common.tokens import Add, Count, Sort
 from zoo.rlhf import Args, Responses, at_responses, generate, gumbel, log_probs, reward_scores
@@ -308,6 +308,48 @@ def test_the_same_seed_gives_the_same_run_and_another_another(finished, tmp_path
         return rows(tmp_path / name / "ppo")
 
     assert table("two") == rows(finished / "ppo") != table("other", "--seed", "2")
+
+
+def test_the_same_command_goes_on_with_the_stages_that_are_left(finished, tmp_path):
+    """One stage finished, one stopped half way, one not begun: together the agents of a run in one go."""
+    folder, given = tmp_path / "run", (*SORT, "--ensemble", "2", "--no-anneal")
+    run(rlhf, *given, "--stage", "supervised", "--run-dir", str(folder))
+    first = (folder / "supervised" / "agent.pt").stat()
+    run(rlhf, *given, "--stage", "reward", "--earlier", str(folder))
+    (folder / "reward" / "agent.pt").unlink()  # killed before it had one
+    run(rlhf, *given, "--run-dir", str(folder))
+    assert (folder / "supervised" / "agent.pt").stat() == first
+    for stage in ("supervised", "reward", "ppo"):
+        ours, whole = agent(folder / stage), agent(finished / stage)
+        assert all(torch.equal(ours[name], whole[name]) for name in whole)
+    table = rows(folder / "ppo")
+    run(rlhf, *given, "--run-dir", str(folder))  # all are finished
+    assert rows(folder / "ppo") == table
+    with pytest.raises(
+        UsageError, match=r"--reward-epochs 3: the stage in .*/supervised was run with .* 2; another"
+    ):
+        run(rlhf, *SORT, "--ensemble", "2", "--no-anneal", "--reward-epochs", "3", "--run-dir", str(folder))
+
+
+def test_the_ppo_stage_goes_on_without_the_folders_of_the_others(finished, tmp_path):
+    """Reference, reward models and the shift of their scores are in its checkpoint."""
+    given = (*SORT, "--ensemble", "2", "--no-anneal")
+    shutil.copytree(finished, tmp_path / "copy")
+    stage = ("--stage", "ppo", "--earlier", str(tmp_path / "copy"), "--run-dir", str(tmp_path / "half"))
+    run(rlhf, *given, *stage, "--total-steps", "64")
+    shutil.rmtree(tmp_path / "copy")
+    run(rlhf, "--resume", str(tmp_path / "half" / "ppo"), "--total-steps", "128")
+    assert rows(tmp_path / "half" / "ppo")[-1] == rows(finished / "ppo")[-1]
+
+
+@pytest.mark.parametrize("agent_file", [dpo, grpo_tokens], ids=["dpo", "grpo_tokens"])
+def test_a_resumed_run_is_held_to_the_reference_it_began_with(agent_file, tmp_path):
+    """Whatever arguments would make another one now."""
+    given = ("--env", "Sort", "--digits", "3", "--supervised-steps", "4", "--total-steps", "128", *TINY)
+    run(agent_file, *given, "--run-dir", str(tmp_path / "run"))
+    before = rows(tmp_path / "run")[-1]
+    run(agent_file, "--resume", str(tmp_path / "run"), "--reference-scale", "5", "--batch-size", "64")
+    assert rows(tmp_path / "run")[-1] == before and float(before["eval_kl"]) < 0.5
 
 
 @pytest.mark.parametrize(

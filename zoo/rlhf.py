@@ -680,7 +680,8 @@ def continued(args: Args, finished: bool) -> Args | None:
     if left is None:
         return args
     was = load_checkpoint(folder / left, "--run-dir", "rlhf", args.env)["args"]
-    for name in was.keys() - set(PLUMBING) - {"run_dir", "resume", "eval_every", "eval_episodes", "earlier"}:
+    free = {*PLUMBING, "run_dir", "resume", "eval_every", "eval_episodes", "earlier"}
+    for name in (name for name in was if name not in free):
         wanted, told = getattr(args, name), f"{flag(name)} {was[name]}; another --run-dir begins anew"
         require(was[name] == wanted, f"{flag(name)} {wanted}: the stage in {folder} was run with {told}")
     if left == "agent.pt" and not finished:

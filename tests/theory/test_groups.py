@@ -114,7 +114,7 @@ def test_43_weighed_by_the_ratio_k1_and_k3_have_the_optimum_and_k2_has_not(kl, r
 @pytest.mark.parametrize(
     ("length", "expected"), [("constant", 2.5 / 3), ("batch", 2.5 / 2), ("response", 1.5)]
 )
-def test_the_kl_of_responses_is_divided_as_their_surrogates_are(length, expected):
+def test_43_the_kl_of_responses_is_divided_as_their_surrogates_are(length, expected):
     """Responses of 1 and 3 tokens with k1 of 2 and 3 nats: by L = 3, by the mean length, by each its own."""
     mask = torch.tensor([[True, False, False], [True, True, True]])
     ratio = torch.tensor([[-2.0, 9.0, 9.0], [-1.0, -3.0, 1.0]], dtype=F64)  # log ref - log pi
