@@ -30,9 +30,10 @@ from pathlib import Path
 from types import ModuleType
 
 from zoo import dpo, grpo_tokens, rlhf
-from zoo.common.args import lookup_in
+from zoo.common.args import lookup_in, require
 from zoo.common.cli import parse
-from zoo.common.files import write_atomically
+from zoo.common.errors import RunFault, UsageError
+from zoo.common.files import write_atomically, writing
 
 Row = dict[str, str]
 
@@ -259,13 +260,34 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=Path("results/tokens"), help="where they are kept")
     parser.add_argument("--runs", type=Path, default=Path("runs/tokens"), help="where shared stages are kept")
     args = parser.parse_args()
+    try:
+        check(args)
+        with writing(args.results):
+            args.results.mkdir(parents=True, exist_ok=True)
+            work(args)
+    except (UsageError, RunFault) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot work. Raises UsageError."""
+    tables = ", ".join(TABLES)
+    require(bool(args.tables) or args.summary or args.plot, f"name a table, --summary or --plot: {tables}")
     methods = [method for table in args.tables for method in TABLES.get(table, ())]
     for given, known in ((args.tables, list(TABLES)), (args.methods or [], methods)):
-        if unknown := sorted(set(given) - set(known)):
-            told = f"{' '.join(unknown)}: there is no such; there are {', '.join(known)}"
-            print(f"error: {told}", file=sys.stderr)
-            return 2
-    args.results.mkdir(parents=True, exist_ok=True)
+        unknown = sorted(set(given) - set(known))
+        told = (
+            f"{' '.join(unknown)}: there is no such; there are {', '.join(known) or 'none without a table'}"
+        )
+        require(not unknown, told)
+    for seed in args.seeds or ():
+        require(0 <= seed < 2**31, f"--seeds {seed}: a seed lies in [0, 2**31)")
+
+
+def work(args: argparse.Namespace) -> None:
+    """The runs that are missing, the tables and the figures asked for. Raises UsageError, RunFault."""
     for table in args.tables:
         for seed in args.seeds or range(1, SEEDS.get(table, 3) + 1):
             for method in TABLES[table]:
@@ -280,7 +302,6 @@ def main() -> int:
         for table, draw in (("over", plot_over_optimisation), ("sort", plot_sort)):
             if any(args.results.glob(f"{table}_*__*.csv")):
                 draw(args.results)
-    return 0
 
 
 if __name__ == "__main__":

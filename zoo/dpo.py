@@ -46,7 +46,7 @@ class Args(RunArgs):
 
     env: str = "Sort"  # the task: Count, Sort or Add
     digits: int | None = None  # of Sort's and Add's numbers; None: 8 and 3
-    total_steps: int = 120_000  # comparisons visited: total_steps / comparisons times each
+    total_steps: int = 120_000  # comparisons visited: total_steps / comparisons times each, on average
     eval_every: int = 20_000  # comparisons between evaluations; 0: at the end only
     eval_episodes: int = 1000  # responses of an evaluation
     dim: int = 64  # width of the GPT

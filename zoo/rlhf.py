@@ -20,6 +20,8 @@ that optimum is reached: k1 in the reward reaches it, k1 as a loss is noise, k3 
     python zoo/rlhf.py --env Sort --reward rule        8 digits, from 5% sorted to 95% (3 seeds)
     python zoo/rlhf.py --env Sort                      paid by a reward model of 10,000 comparisons
     python zoo/rlhf.py --env Sort --stage ppo --earlier DIR --run-dir NEW     on DIR's first two stages
+
+After a kill the same command with its --run-dir goes on with the stages that are left.
 """
 
 import dataclasses
@@ -72,7 +74,7 @@ class Args(RunArgs):
     answers: int = 2  # responses in a ranking, K
     temperature: float = 0.1  # of the labeller: how large a difference of rewards is surely seen
     label_error: float = 0.0  # share of rankings turned round
-    reward_epochs: int = 8  # passes over the rankings
+    reward_epochs: int = 8  # how often each ranking is drawn, on average
     reward_learning_rate: float = 1e-3  # Adam's
     ensemble: int = 1  # reward models, of other heads and other batches; PPO is paid their mean
     batch_size: int = 256  # sequences in a batch, of every stage

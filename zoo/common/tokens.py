@@ -276,9 +276,9 @@ def measure(
     task: Task, write: Write, log_prob: LogProb, ref_log_prob: LogProb, beta: float, count: int, seed: int,
     device: torch.device, other: bool = False,
 ) -> dict[str, float]:  # fmt: skip
-    """An evaluation's columns, of `count` responses to held-out prompts: exact answers, reward by the rule,
-    KL to the reference; with `other` how much of the other task is answered exactly. On Count, if beta is
-    positive, the gap first.
+    """An evaluation's columns, of `count` responses to held-out prompts, sampled as in training: exact
+    answers, reward by the rule, KL to the reference; with `other` how much of the other task is answered
+    exactly. On Count, if beta is positive, the gap first.
     """
     generator, values = torch.Generator(device).manual_seed(seed), {}
     if isinstance(task, Count) and beta > 0:
