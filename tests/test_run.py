@@ -703,6 +703,7 @@ def test_endings_of_the_command_line(tmp_path, monkeypatch, capsys):
         ({"total_steps": 0}, "--total-steps must be at least 1, not 0"),
         ({"num_envs": -2}, "--num-envs must be at least 1, not -2"),
         ({"eval_episodes": 0}, "--eval-episodes must be at least 1, not 0"),
+        ({"threads": 100_000}, "--threads must be at most 1024, not 100000"),
         ({"threads": 0}, "--threads must be at least 1, not 0"),
         ({"env_threads": 0}, "--env-threads must be at least 1, not 0"),
         ({"eval_every": -1}, "--eval-every must be at least 0, not -1"),
@@ -725,7 +726,7 @@ def test_check_args(change, message):
     assert str(error.value) == message
 
 
-def test_precedence_of_flag_checkpoint_table_default(tmp_path):
+def test_precedence_of_flag_checkpoint_table_default(tmp_path, monkeypatch):
     table = {"Countdown-v0": {"clip": 0.5, "seed": 5}, "Other-v0": {"clip": 0.9}}
 
     def parsed(*argv):
@@ -743,6 +744,9 @@ def test_precedence_of_flag_checkpoint_table_default(tmp_path):
     assert (resumed.run_dir, resumed.resume) == (None, folder)
     with pytest.raises(UsageError, match="is of --env Countdown-v0, not Other-v0"):
         parsed("--resume", folder, "--env", "Other-v0")
+    with pytest.raises(UsageError, match=r"of agent scripted, not of args; zoo/scripted\.py goes on with it"):
+        parse(RunArgs, lambda env: {}, ["--resume", folder])
+    monkeypatch.setattr(sys.modules[RunArgs.__module__], "__file__", "scripted.py")  # of another version
     lacks = "of agent scripted, whose arguments this one lacks: clip, fault, kill, nan_at, signals, stop"
     with pytest.raises(UsageError, match=lacks):
         parse(RunArgs, lambda env: {}, ["--resume", folder])

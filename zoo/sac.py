@@ -360,7 +360,7 @@ def check_bf16(args: Args, device: torch.device) -> None:
 
 def check_actions(envs: VectorEnv) -> None:
     """Refuse action spaces other than a bounded Box, which tanh fills."""
-    others = "zoo/ppo.py, zoo/trpo.py, zoo/actor_critic.py or zoo/reinforce.py"
+    others = "zoo/ppo.py, zoo/trpo.py, zoo/actor_critic.py, zoo/grpo.py or zoo/reinforce.py"
     require(
         not envs.discrete,
         f"--env {envs.env_id}: actions are discrete, and SAC acts in a bounded Box; use {others}",

@@ -163,6 +163,9 @@ def check_args(
     for name in finite:
         value = getattr(args, name)
         require(value is None or math.isfinite(value), f"{flag(name)} must be finite, not {value}")
+    for name in ("threads", "env_threads"):  # a hundred thousand end in a segmentation fault
+        value = getattr(args, name)
+        require(value is None or value <= 1024, f"{flag(name)} must be at most 1024, not {value}")
     require(args.seed < 2**31, f"--seed must be less than 2**31, not {args.seed}")
     require(
         args.checkpoint_every > 0,

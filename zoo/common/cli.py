@@ -48,11 +48,11 @@ def parse(args_class: type[Args], defaults_for: Callable[[str], dict], argv: Seq
     if given.resume and given.resume != "None":
         checkpoint = load_checkpoint(Path(given.resume) / "checkpoint.pt", "--resume", env=given.env)
         known: dict[str, Any] = {name: value for name, value in checkpoint["args"].items() if name in names}
+        agent, here = checkpoint["agent"], Path(sys.modules[args_class.__module__].__file__ or "").stem
         if foreign := sorted(checkpoint["args"].keys() - set(names)):
-            raise UsageError(
-                f"--resume {given.resume}: is a run of agent {checkpoint['agent']}, "
-                "whose arguments this one lacks: " + ", ".join(foreign)
-            )
+            lacks = f"whose arguments this one lacks: {', '.join(foreign)}"
+            lacks = lacks if agent == here else f"not of {here}; zoo/{agent}.py goes on with it"
+            raise UsageError(f"--resume {given.resume}: is a run of agent {agent}, {lacks}")
         known |= {"run_dir": None, "resume": None}
     else:
         known = settings_for(given.env or args_class().env, defaults_for)
