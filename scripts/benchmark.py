@@ -91,6 +91,7 @@ SUITES: dict[str, list[Entry]] = {
         Entry("actor_critic", "HalfCheetah-v4", TEN),
         Entry("actor_critic", "Hopper-v4", FIVE),
         Entry("actor_critic", "CartPole-v1", FIVE),
+        Entry("actor_critic", "Acrobot-v1", TEN),
     ],
     "trpo": [
         Entry("trpo", "HalfCheetah-v4", TEN),
@@ -99,6 +100,8 @@ SUITES: dict[str, list[Entry]] = {
         Entry("trpo", "CartPole-v1", FIVE),
         Entry("trpo", "Acrobot-v1", FIVE),
         Entry("trpo", "Pendulum-v1", FIVE),
+        Entry("trpo", "MountainCar-v0", TEN),
+        Entry("trpo", "MountainCarContinuous-v0", TEN),
     ],
     "sac": [
         Entry("sac", "Pendulum-v1", FIVE),

@@ -86,6 +86,9 @@ SETTINGS: dict[str, dict] = {
         total_steps=500_000, num_envs=8, num_steps=5, gae_lambda=1.0, optimizer="rmsprop", learning_rate=7e-4,
         eval_every=50_000,
     ),
+    "Acrobot-v1": dict(
+        total_steps=500_000, num_envs=16, num_steps=32, eval_every=50_000, eval_episodes=100,
+    ),
 }  # fmt: skip
 
 

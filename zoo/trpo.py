@@ -104,6 +104,14 @@ SETTINGS: dict[str, dict] = {
         total_steps=100_000, num_envs=16, num_steps=64, delta=0.01, fvp_subsample=1, critic_epochs=10,
         minibatch_size=128, eval_every=20_000, eval_episodes=100,
     ),
+    "MountainCar-v0": dict(
+        total_steps=100_000, num_envs=8, num_steps=256, fvp_subsample=1, critic_epochs=20, minibatch_size=128,
+        eval_every=20_000, eval_episodes=100,
+    ),
+    "MountainCarContinuous-v0": dict(
+        total_steps=50_000, num_envs=8, num_steps=64, fvp_subsample=1, critic_epochs=10, minibatch_size=128,
+        gamma=0.999, log_std=0.0, eval_every=10_000, eval_episodes=100,
+    ),
     "Pendulum-v1": dict(
         total_steps=100_000, num_envs=8, num_steps=256, fvp_subsample=1, critic_epochs=20,
         minibatch_size=128, gamma=0.95, log_std=0.0, eval_every=20_000, eval_episodes=100,
