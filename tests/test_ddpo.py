@@ -1,6 +1,9 @@
 """zoo/ddpo.py: its pure functions by hand, the run, and bad input."""
 
 import dataclasses
+import math
+from pathlib import Path
+from typing import NamedTuple
 
 import command
 import pytest
@@ -12,7 +15,7 @@ from zoo.common.device import flatten
 from zoo.common.diffusion import cosine_schedule
 from zoo.common.errors import RunFault, UsageError
 from zoo.common.mixtures import line
-from zoo.common.targets import Exact, make_target
+from zoo.common.targets import Exact, make_evaluation, make_target
 from zoo.ddpo import Args, Denoiser, Denoising
 
 SMALL = dict(
@@ -184,6 +187,7 @@ def test_exact_evaluations_agree_with_samples():
         (dict(env="lines"), "--env lines: no such task; there are line, ring, digits .nearest: line"),
         (dict(num_chains=3, total_steps=10), "--num-chains 3: a mean over a context's chains needs 4"),
         (dict(steps=1), "--steps must be at least 2, not 1"),
+        (dict(env="ring", min_sigma=0.005), "least noise of a step is 0.005, .* would have 1.*e.06 points"),
         (dict(data_coef=-1.0), "--data-coef must be at least 0 and finite, not -1"),
     ],
 )
@@ -192,15 +196,38 @@ def test_bad_input_is_refused(changes, message):
         ddpo.train(small(**changes))
 
 
-def test_the_digits():
-    """The judge knows threes from others, and the reward is of the wanted digit."""
+@pytest.fixture(scope="module")
+def digits():
     pytest.importorskip("sklearn")
-    target = make_target("digits")
+    return make_target("digits")
+
+
+def test_the_digits(digits):
+    """The judge knows threes from others, and the reward is of the wanted digit."""
     from zoo.common.digits import WANTED
 
-    found = {digit: target.judge(target.judge_data[target.judge_label == digit]) for digit in (WANTED, 1, 5)}
+    found = {digit: digits.judge(digits.judge_data[digits.judge_label == digit]) for digit in (WANTED, 1, 5)}
     assert found[WANTED]["share"] > 0.95 and found[1]["share"] < 0.05 and found[5]["share"] < 0.05
     assert found[WANTED]["reward"] > -0.5 and found[1]["reward"] < -3
+
+
+def test_the_digits_are_judged_by_the_half_that_the_reward_has_not_seen(digits):
+    """A log-probability, higher on the threes that it was fitted to; the judge has the other half, and says
+    how far the nearest picture is. The data are all of them.
+    """
+    from sklearn.datasets import load_digits
+
+    label = torch.as_tensor(load_digits().target)
+    assert torch.equal(digits.judge_data, digits.data[1::2]) and torch.equal(digits.judge_label, label[1::2])
+    reward = digits.reward(digits.data)
+    assert reward.max() <= 0 and (reward.exp().round() == (label == 3)).float().mean() > 0.98
+    fitted, unseen = (reward[i::2][label[i::2] == 3].mean() for i in (0, 1))
+    assert fitted > unseen
+    assert digits.judge(digits.judge_data)["distance"] == pytest.approx(0, abs=0.01)
+    nearest = torch.cdist(digits.data[::2], digits.judge_data).min(-1).values.mean().item()
+    assert digits.judge(digits.data[::2])["distance"] == pytest.approx(nearest, rel=1e-3)
+    drawn = digits.sample(torch.zeros(1000, dtype=torch.int64), torch.Generator().manual_seed(0))
+    assert len(drawn.unique(dim=0)) > 700 and torch.cdist(drawn, digits.data).min(-1).values.max() < 0.01
 
 
 def test_a_pretraining_loss_beside_the_reward_keeps_it_low(tmp_path):
@@ -238,3 +265,301 @@ def test_non_finite_rewards_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(ddpo, "make_target", lambda name: target)
     with pytest.raises(RunFault, match="reward became nan"):
         ddpo.train(small(run_dir=str(tmp_path / "run"), total_steps=128, eval_every=0))
+
+
+# --- chains of a run ----------------------------------------------------------------------------------------
+
+
+def advantages_one_by_one(reward, kl, log_ratio, context, place):
+    """What chain_advantages makes of T x N steps with beta 0.7, by loops."""
+    steps, count = kl.shape
+    returns = [
+        [
+            reward[n]
+            - 0.7 * (sum(kl[s, n] for s in range(t)) if place == "return" else 0)
+            - 0.7 * (log_ratio[t, n] if place == "log-ratio" else 0)
+            for n in range(count)
+        ]
+        for t in range(steps)
+    ]
+    found = torch.zeros(steps, count)
+    for t in range(steps):
+        for n in range(count):
+            rest = [returns[t][m] for m in range(count) if m != n and context[m] == context[n]]
+            found[t, n] = returns[t][n] - sum(rest) / len(rest)
+    return found
+
+
+@pytest.mark.parametrize("place", ["none", "loss", "return", "log-ratio"])
+@pytest.mark.parametrize(("env", "reduce"), [("line", "sum"), ("ring", "sum"), ("ring", "mean")])
+def test_collected_chains(env, reduce, place):
+    """What a policy beside another reference collects: chains of its own, each step's log-probability, the
+    reference's means of the same steps, advantages of the last state's reward, and metrics of these.
+    """
+    target = make_target(env)
+    args = small(env=env, kl=place, reduce=reduce, beta=0.7, num_chains=12, predict="v")
+    params, mean, schedule, *_ = model(args, target)
+    reference = params + 0.05 * torch.randn(params.shape, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(0)
+    state = ddpo.State(params, {}, reference, generator)
+    sample = lambda params, *rest: ddpo.sample_chain(mean, params, *rest)  # noqa: E731
+    batch, metrics = ddpo.collect_chains(sample, mean, target, schedule, state, args)
+    again = ddpo.collect_chains(sample, mean, target, schedule, state, args)[0]
+    assert (again.x != batch.x).all()
+    assert batch.t.tolist() == [[t] * 12 for t in range(1, 6)]
+    assert batch.context[0].bincount().tolist() == [12 // target.contexts] * target.contexts
+    assert torch.equal(batch.x[:-1], batch.x_next[1:]) and (batch.context == batch.context[0]).all()
+    kl, log_ratio = torch.zeros(5, 12), torch.zeros(5, 12)
+    for i in range(5):
+        mu, ref_mu = (mean(p, batch.x[i], batch.t[i], batch.context[i]) for p in (params, reference))
+        policy, ref = (torch.distributions.Normal(m, schedule.sigma[i + 1]) for m in (mu, ref_mu))
+        torch.testing.assert_close(batch.ref_mean[i], ref_mu)
+        log_prob = policy.log_prob(batch.x_next[i])
+        of_steps = log_prob.sum(-1) if reduce == "sum" else log_prob.mean(-1)
+        torch.testing.assert_close(batch.log_prob[i], of_steps, rtol=1e-4, atol=1e-4)
+        kl[i] = torch.distributions.kl_divergence(policy, ref).sum(-1)
+        log_ratio[i] = (log_prob - ref.log_prob(batch.x_next[i])).sum(-1)
+        assert ((batch.x_next[i] - mu) / schedule.sigma[i + 1]).std() == pytest.approx(1, abs=0.5)
+    reward = target.reward(batch.x_next[0])
+    expected = advantages_one_by_one(reward, kl, log_ratio, batch.context[0], place)
+    torch.testing.assert_close(batch.advantage, expected, rtol=1e-3, atol=1e-3)
+    told = {"reward": reward.mean(), "reward_std": reward.std(), "path_kl": kl.sum(0).mean()}
+    for name, value in told.items():
+        torch.testing.assert_close(metrics[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("clip", "reduce"), [(None, "sum"), (0.24, "sum"), (0.1, "mean")])
+def test_the_loss_away_from_the_sampling_policy(clip, reduce):
+    """Importance sampled, with the KL beside it, step by step; what is told of it has no KL."""
+    args = small(method="is", kl="loss", beta=0.7, clip=clip, reduce=reduce)
+    g = torch.Generator().manual_seed(0)
+    x, x_next, ref, old, new = torch.randn(5, 6, 3, generator=g)
+    old, new = x_next + 0.3 * old, x_next + 0.3 * new
+    advantage, sigma = torch.randn(6, generator=g), torch.tensor([9.0, 0.8, 1.2])
+    t, context = torch.tensor([1, 2, 1, 2, 1, 2]), torch.zeros(6, dtype=torch.int64)
+    log_prob = ddpo.step_log_prob(x_next, old, sigma[t], reduce)
+    batch = Denoising(x, x_next, t, context, log_prob, ref, advantage)
+    loss, metrics = ddpo.ddpo_loss(new, batch, lambda p, *_: p, sigma, args)
+    losses, kls, approx, outside = [], [], [], []
+    for i in range(6):
+        width = 2 * sigma[t[i]].item() ** 2 * (1 if reduce == "sum" else 3)
+        moved = ((x_next[i] - old[i]) ** 2 - (x_next[i] - new[i]) ** 2).sum().item() / width
+        ratio, a = math.exp(moved), advantage[i].item()
+        bounded = ratio if clip is None else min(max(ratio, 1 - clip), 1 + clip)
+        losses.append(-min(a * ratio, a * bounded))
+        kls.append(((new[i] - ref[i]) ** 2).sum().item() / width)
+        approx.append(ratio - 1 - moved)
+        outside.append(clip is not None and abs(ratio - 1) > clip)
+    assert metrics["policy_loss"].item() == pytest.approx(sum(losses) / 6, rel=1e-3)
+    assert loss.item() == pytest.approx((sum(losses) + 0.7 * sum(kls)) / 6, rel=1e-3)
+    assert metrics["approx_kl"].item() == pytest.approx(sum(approx) / 6, rel=1e-2) and sum(approx) > 0
+    if clip:
+        assert metrics["clipfrac"].item() == pytest.approx(sum(outside) / 6) and 0 < sum(outside) < 6
+
+
+# --- what a run does ----------------------------------------------------------------------------------------
+
+
+class Recorded(NamedTuple):
+    """A run's arguments, its collections (state and batch), and the arguments and results of its updates,
+    pretraining's apart.
+    """
+
+    args: Args
+    collections: list[tuple]
+    pretraining: list[tuple]
+    updates: list[tuple]
+
+
+def recorded(folder, **changes):
+    args = small(run_dir=str(folder), eta=0.7, min_sigma=0.1, **changes)
+    collections, calls = [], []
+
+    def recording(update, *_):
+        def record(*given):
+            calls.append((given, update(*given)))
+            return calls[-1][1]
+
+        return record
+
+    def keep(*given, collect=ddpo.collect_chains):
+        found = collect(*given)
+        collections.append((given[4], found[0]))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ddpo, "compile_function", recording)
+        patch.setattr(ddpo, "collect_chains", keep)
+        ddpo.train(args)
+    first = [call for call in calls if len(call[0]) == 4]
+    return Recorded(args, collections, first, calls[len(first) :])
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """A run of five batches, two passes over each in two minibatches, with data beside them."""
+    more = dict(method="is", num_epochs=2, clip=0.2, data_coef=0.5, beta=0.2, max_grad_norm=0.3, seed=3)
+    folder = tmp_path_factory.mktemp("several") / "run"
+    return recorded(folder, total_steps=320, eval_every=128, **more)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """A run of four batches with one step each."""
+    more = dict(num_epochs=3, anneal=False, kl="none", max_grad_norm=1e6, seed=4)
+    return recorded(tmp_path_factory.mktemp("single") / "run", total_steps=256, eval_every=64, **more)
+
+
+def test_a_run_starts_from_what_pretraining_made(several):
+    """Its steps follow each other at a rate that falls to 0; the result is the first policy and reference."""
+    assert len(several.pretraining) == 200
+    for i, ((params, opt, batch, rate), _) in enumerate(several.pretraining):
+        assert rate == pytest.approx(3e-3 * (1 - i / 200)) and opt["t"] == i
+        assert i == 0 or params is several.pretraining[i - 1][1][0]
+        assert [len(x) for x in batch] == [64] * 4
+    steps = torch.stack([batch[2] for (_, _, batch, _), _ in several.pretraining]).flatten()
+    assert steps.unique().tolist() == [1, 2, 3, 4, 5]
+    assert (steps.bincount(minlength=6) / len(steps))[1:].sub(0.2).abs().max() < 0.02
+    x0, context = (torch.cat([batch[i] for (_, _, batch, _), _ in several.pretraining]) for i in (0, 1))
+    for which, std in ((0, 1.46**0.5), (1, 0.93**0.5)):  # of the mixture of each context
+        assert x0[context == which].std() == pytest.approx(std, rel=0.03)
+    losses = torch.stack([found[2] for _, found in several.pretraining])
+    assert losses[-40:].mean() < 0.8 * losses[:40].mean()
+    state, last = several.collections[0][0], several.pretraining[-1][1][0]
+    assert torch.equal(state.params, last) and torch.equal(state.reference, last)
+
+
+def test_another_seed_is_another_run(several, single):
+    """Another network at first, other data, other noise."""
+    (first, _, data, _), (other, _, other_data, _) = (run.pretraining[0][0] for run in (several, single))
+    assert (first != other).float().mean() > 0.5 and not torch.equal(data[0], other_data[0])
+    assert (several.collections[0][1].x[-1] != single.collections[0][1].x[-1]).all()
+
+
+def test_chains_are_of_the_policy_of_then_beside_one_reference(several, single):
+    """Each batch of chains is sampled by what the updates before it made, the reference stays, and updates
+    follow each other, Adam's moments too.
+    """
+    for run, each in ((several, 4), (single, 1)):
+        assert len(run.updates) == each * len(run.collections) == each * (run.args.total_steps // 64)
+        first = run.collections[0][0]
+        for i, (state, _) in enumerate(run.collections):
+            assert state.reference is first.reference and state.opt["t"] == each * i
+            assert i == 0 or state.params is run.updates[each * i - 1][1][0]
+            assert i == 0 or not torch.equal(state.params, state.reference)
+            assert run.updates[each * i][0][0] is state.params
+        for i, ((params, opt, *_), _) in enumerate(run.updates):
+            assert opt["t"] == i and (i == 0 or params is run.updates[i - 1][1][0])
+
+
+def as_rows(batches):
+    """All steps of batches, a list of numbers each."""
+    rows = [torch.cat([x.reshape(b.t.numel(), -1).double() for x in b], -1) for b in batches]
+    return torch.cat(rows).tolist()
+
+
+def test_every_step_has_its_turn_once_a_pass(several):
+    """As it was collected: with the advantage and the log-probability of then. Passes differ in order."""
+    for i, (_, batch) in enumerate(several.collections):
+        minibatches = [given[2] for given, _ in several.updates[4 * i : 4 * i + 4]]
+        assert all(len(minibatch.t) == 160 for minibatch in minibatches)
+        collected, first, second = map(as_rows, ([batch], minibatches[:2], minibatches[2:]))
+        assert first != collected and second != collected and first != second
+        assert sorted(first) == sorted(second) == sorted(collected)
+
+
+def test_one_step_takes_the_whole_batch(single):
+    for (_, batch), (given, _) in zip(single.collections, single.updates, strict=True):
+        assert as_rows([batch]) == as_rows([given[2]]) and given[3] == ()
+
+
+def test_rates(several, single):
+    """They fall to 0 over the batches, or stay."""
+    found = [given[4].item() for given, _ in several.updates]
+    assert found == pytest.approx([2e-3 * (1 - i // 4 / 5) for i in range(20)])
+    assert [given[4].item() for given, _ in single.updates] == pytest.approx([2e-3] * 4)
+
+
+def test_data_beside_the_chains_is_new_in_every_update(several):
+    noises = torch.stack([given[3][3] for given, _ in several.updates])
+    assert noises.shape == (20, 64, 1) and len(noises.unique()) == noises.numel()
+
+
+def test_an_update_is_adams_step_along_the_losss_gradient(several, single):
+    """The pretraining loss beside the chains' by its weight, scaled down to --max-grad-norm."""
+    for run in (several, single):
+        _, mean, schedule, net, unflatten = model(run.args)
+        (params, opt, batch, data, _), (_, after, metrics) = run.updates[3]
+        rest = (batch, mean, schedule.sigma, run.args)
+        grad = torch.func.grad(lambda params, rest: ddpo.ddpo_loss(params, *rest)[0])(params, rest)
+        if run is several:
+            rest = (net, unflatten, schedule, "eps")
+            grad = grad + 0.5 * torch.func.grad(ddpo.pretrain_loss)(params, *data, *rest)
+        torch.testing.assert_close(metrics["grad_norm"], grad.norm())
+        scale = min(1.0, 0.3 / grad.norm().item()) if run is several else 1.0
+        assert (scale < 1) == (run is several)
+        torch.testing.assert_close(after["m"] - 0.9 * opt["m"], 0.1 * scale * grad, rtol=1e-3, atol=1e-6)
+
+
+def test_what_is_told_is_of_the_policy_beside_the_reference(several, single):
+    """Metrics are means over a batch's updates, evaluations the exact quantities of the policy made by them
+    and the pretraining loss on other data.
+    """
+    for run, each in ((several, 4), (single, 1)):
+        _, mean, schedule, net, unflatten = model(run.args)
+        exact = Exact(line(), schedule, run.args.beta, mean)
+        reference = run.collections[0][0].reference
+        own = ddpo.draw_data(line(), schedule, 20_000, torch.Generator().manual_seed(0))
+        told = command.rows(Path(run.args.run_dir))
+        assert len(told) == len(run.collections)
+        for i, row in enumerate(told):
+            some = run.updates[each * i : each * i + each]
+            for name in some[0][1][2]:
+                expected = torch.stack([found[2][name] for _, found in some]).mean().item()
+                assert float(row[name]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+            assert float(row["learning_rate"]) == pytest.approx(some[0][0][4].item(), rel=1e-4)
+            assert bool(row["eval_gap"]) == (run is single or i in (1, 3, 4))
+            if row["eval_gap"]:
+                params = some[-1][1][0]
+                for name, value in exact({"params": params, "reference": reference}).items():
+                    assert float(row[name]) == pytest.approx(value, rel=1e-3, abs=1e-6)
+                left = ddpo.pretrain_loss(params, *own, net, unflatten, schedule, "eps").item()
+                assert float(row["eval_pretrain_loss"]) == pytest.approx(left, rel=0.06)
+        assert float(told[-1]["eval_path_kl"]) > 1e-3
+        state = torch.load(Path(run.args.run_dir) / "agent.pt", weights_only=True)["state"]
+        assert torch.equal(state["params"], run.updates[-1][1][0])
+        assert torch.equal(state["reference"], reference)
+
+
+@pytest.mark.parametrize("method", ["score", "is"])
+def test_it_comes_near_the_best_objective(method, tmp_path):
+    """Nine tenths of the gap between the reference's J and the exact optimum's are closed."""
+    more = dict(num_chains=256, minibatch_size=640, learning_rate=1e-2, predict="v")
+    args = small(method=method, total_steps=10_240, eval_every=0, run_dir=str(tmp_path / "run"), **more)
+    ddpo.train(args)
+    _, mean, schedule, *_ = model(args)
+    state = torch.load(tmp_path / "run" / "agent.pt", weights_only=True)["state"]
+    exact = Exact(line(), schedule, args.beta, mean)
+    before, after = (exact(state | {"params": state[name]})["eval_gap"] for name in ("reference", "params"))
+    assert before > 0.3 and 0 < after < 0.1 * before
+
+
+def test_evaluations_on_digits_are_of_the_policys_own_pictures(digits):
+    """The judge sees x_0 of the policy's chains; the KL to the reference is at the chains' states."""
+    params, mean, schedule, *_ = model(small(env="digits", predict="v", hidden=(16,)), digits)
+    reference = params + 0.02 * torch.randn(params.shape, generator=torch.Generator().manual_seed(1))
+    seen = []
+
+    def sample(params, *rest):
+        seen.append((params, *ddpo.sample_chain(mean, params, *rest)))
+        return seen[-1][1:]
+
+    found = make_evaluation(digits, schedule, 1.0, mean, sample)({"params": params, "reference": reference})
+    ((sampler, states, means),) = seen
+    assert sampler is params
+    context = torch.zeros(500, dtype=torch.int64)
+    ref = torch.stack([mean(reference, states[t], context + t, context) for t in range(1, 6)])
+    kl = ddpo.step_kl(means, ref, schedule.sigma[1:, None]).sum(0).mean().item()
+    assert found["eval_path_kl"] == pytest.approx(kl, rel=1e-3) and kl > 0.01
+    for name, value in digits.judge(states[0]).items():
+        assert found[f"eval_{name}"] == pytest.approx(value)

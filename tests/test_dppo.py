@@ -422,6 +422,180 @@ def test_the_critic_learns_alone_at_first(source, tmp_path):
     assert all(equal == name.startswith("policy") for name, equal in same.items()), same
 
 
+class Watched:
+    """What train hands on: in `updates` for each update its rollout, what acted in it, its statistics and its
+    epochs, in `clones` the calls of cloning."""
+
+    def __init__(self, patch):
+        self.updates, self.clones, collect, as_seen = [], [], dppo.collect_chunks, dppo.as_seen
+        fine_tune, clone = dppo.fine_tune, dppo.clone
+
+        def collected(envs, obs, policy, noise, chunk):
+            tried = (torch.as_tensor(obs), noise[0], policy(obs, noise[0]))
+            rollout, begins, *rest = collect(envs, obs, policy, noise, chunk)
+            self.updates.append(SimpleNamespace(tried=tried, noise=noise, begins=begins, epochs=[]))
+            return rollout, begins, *rest
+
+        def seen(rollout, obs_stats, return_stats, sums, args):
+            result = as_seen(rollout, obs_stats, return_stats, sums, args)
+            self.updates[-1].__dict__.update(
+                rollout=rollout, stats=obs_stats, sums=sums, seen=result[0], next_sums=result[3]
+            )
+            return result
+
+        def tuned(forward, schedule, args, params, opt, batch, order, rate, coef):
+            result = fine_tune(forward, schedule, args, params, opt, batch, order, rate, coef)
+            self.updates[-1].epochs.append(
+                SimpleNamespace(
+                    params=params, opt=opt, batch=batch, order=order, rate=rate.item(), coef=coef.item(),
+                    made=result[:2],
+                )
+            )  # fmt: skip
+            return result
+
+        def cloned(forward, schedule, args, params, opt, batches, rate):
+            self.clones.append((batches, rate.item()))
+            return clone(forward, schedule, args, params, opt, batches, rate)
+
+        for name, function in (
+            ("collect_chunks", collected), ("as_seen", seen), ("fine_tune", tuned), ("clone", cloned)
+        ):  # fmt: skip
+            patch.setattr(dppo, name, function)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    return Watched(monkeypatch)
+
+
+class Drift(gym.Env):
+    """The observation moves by the action and is paid for being near 0; cut after 5 steps."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.at = self.np_random.normal(3.0, 2.0, 1).astype(np.float32)
+        return self.at, {}
+
+    def step(self, action):
+        self.at = self.at + action
+        return self.at, -float(np.abs(self.at[0])), False, False, {}
+
+
+gym.register("probe/Drift-v0", Drift, max_episode_steps=5)
+
+
+def test_an_update_is_made_of_what_acted_and_of_what_came_of_it(watched, tmp_path):
+    """Chunks of 2 in episodes of 5 steps, rollouts of 9: in all epochs the log-probabilities of the policy
+    that acted, the two levels' advantages and the critic's targets anew in each, rows of decisions alone, and
+    a rate that falls."""
+    args = small(
+        env="probe/Drift-v0", chunk=2, data=str(agents.untrained(tmp_path / "data", "probe/Drift-v0", 3.0)),
+        run_dir=str(tmp_path / "run"), num_steps=9, minibatch_size=6, total_steps=144, warmup=2,
+        denoising_gamma=0.5, gamma=0.9, gae_lambda=0.6, num_epochs=3, eval_every=0,
+    )  # fmt: skip
+    dppo.train(args)
+    net, schedule, *_ = model(args, obs_dim=1)
+    sums, made, before = torch.zeros(4), None, None
+    assert len(watched.updates) == 4
+    for i, update in enumerate(watched.updates):
+        assert torch.equal(update.sums, sums) and len(update.noise[:, 0, 0, 0].unique()) == 9
+        sums = update.next_sums
+        if before is not None:
+            now = dppo.update_stats(before.stats, before.rollout.obs.flatten(0, 1))
+            torch.testing.assert_close(update.stats, now)
+        before = update
+        if i == 0:
+            assert update.begins[:, 0].tolist() == [True, False, True, False, True, True, False, True, False]
+        decided = update.begins.flatten().repeat_interleave(3).nonzero().flatten()
+        assert len(update.epochs) == 3
+        for e, epoch in enumerate(update.epochs):
+            torch.nn.utils.vector_to_parameters(epoch.params, net.parameters())
+            batch, seen = epoch.batch, update.seen
+            if e == 0:  # what acted
+                obs, noise, chain = update.tried
+                again = dppo.denoise(net, schedule, dppo.normalize(obs, update.stats), noise)
+                torch.testing.assert_close(again, chain)
+                rows = dppo.denoising_rows(net, schedule, seen.obs.flatten(0, 1), seen.action.flatten(0, 1))
+            for ours, theirs in zip(batch, rows, strict=False):
+                torch.testing.assert_close(ours, theirs)
+            advantage = chunk_gae(
+                seen.reward, *dppo.values(net, seen), seen.terminated, seen.truncated, update.begins, 0.9, 0.6
+            ).flatten()
+            target = advantage + net.value(seen.obs).flatten()
+            factors = torch.tensor([1.0, 0.5, 0.25])
+            torch.testing.assert_close(batch.advantage.view(-1, 3), advantage[:, None] * factors)
+            torch.testing.assert_close(batch.return_.view(-1, 3), target[:, None].expand(-1, 3))
+            assert len(epoch.order) == args.rows == len(epoch.order.unique()) == 54
+            assert set(epoch.order.tolist()) < set(decided.tolist())
+            assert (epoch.order.diff() < 0).any()
+            assert epoch.rate == pytest.approx(args.learning_rate * (1 - i / 4))
+            assert epoch.coef == float(i >= 2)
+            if made is None:
+                assert epoch.opt["t"] == 0  # not the clone's
+            else:
+                assert torch.equal(epoch.params, made[0]) and torch.equal(epoch.opt["m"], made[1]["m"])
+            made = epoch.made
+
+
+def test_a_clone_is_shown_the_data_as_the_policy_will_see_them(watched, tmp_path, monkeypatch):
+    """Observations by the data's own statistics, which the fine-tuning goes on from, noise of every step,
+    and a rate that falls to 0."""
+    monkeypatch.setattr(dppo, "AT_ONCE", 10)
+    data = str(agents.untrained(tmp_path / "data", "probe/Drift-v0", 3.0))
+    args = small(env="probe/Drift-v0", data=data, run_dir=str(tmp_path / "run"), total_steps=32, eval_every=0)
+    dppo.train(args)
+    with make_envs(args.env, 1) as envs:
+        episodes = demonstrations.open_demonstrations(data, envs)(args.data_steps, args.seed)
+    obs, action = map(torch.as_tensor, demonstrations.windows(episodes, 1))
+    stats = dppo.update_stats(dppo.new_stats(1), obs)
+    torch.testing.assert_close(watched.updates[0].stats, stats)
+    shown = {tuple(row) for row in torch.cat((dppo.normalize(obs, stats), action), 1).tolist()}
+    batches = [batch for batch, _ in watched.clones]
+    drawn = torch.cat([torch.cat((b.obs, b.action), -1).flatten(0, 1) for b in batches])
+    assert {tuple(row) for row in drawn.tolist()} <= shown and len(drawn.unique(dim=0)) > 0.8 * len(shown)
+    assert torch.cat([b.k for b in batches]).unique().tolist() == [1, 2, 3]
+    assert torch.cat([b.eps for b in batches]).std() == pytest.approx(1.0, abs=0.1)
+    assert [rate for _, rate in watched.clones] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_the_agent_plays_the_first_action_of_a_chunk_denoised_without_noise():
+    args = small(chunk=3, denoising_steps=4)
+    net, schedule, params, _ = model(args, obs_dim=1, gain=100.0)
+    obs = torch.randn(7, 1, generator=torch.Generator().manual_seed(2))
+    stats = dppo.update_stats(dppo.new_stats(1), torch.tensor([[-1.0], [5.0]]))
+    with make_envs("probe/ActBox-v0", 1) as envs:
+        found = dppo.make_policy(envs, args, {"params": params, "obs_stats": stats})(obs.numpy())
+    chain = dppo.denoise(net, schedule, dppo.normalize(obs, stats), torch.zeros(5, 7, 3))
+    np.testing.assert_allclose(found, chain[:, 0, :1].detach(), rtol=1e-4, atol=1e-5)
+    assert chain[:, 0].std(1).min() > 1e-2  # its actions differ
+
+
+def test_eta_is_the_noise_of_the_denoising_steps():
+    """Of the DDIM paper's eq. 16: none at 0, and half of DDPM's at 1/2, but for the least."""
+    none, half, whole = (
+        dppo.make_schedule(small(eta=eta, min_std=1e-3)).sigma[2:] for eta in (0.0, 0.5, 1.0)
+    )
+    assert (none == 1e-3).all() and (whole > 0.1).all()
+    torch.testing.assert_close(half, whole / 2)
+
+
+def test_both_updates_scale_their_gradients_down():
+    """Adam's first moment is a tenth of the first gradient's, whose norm is --max-grad-norm."""
+    args = small(minibatch_size=9, hidden=(8,), max_grad_norm=1e-3)
+    net, schedule, params, forward, obs, _, chain = chains(args, count=9, action_dim=2)
+    rows = [row.detach() for row in dppo.denoising_rows(net, schedule, obs, chain)]
+    batch = DenoisingSteps(*rows, torch.randn(27), torch.randn(27))
+    shown = dppo.Demonstrated(obs[None], torch.rand(1, 9, 2), torch.randn(1, 9, 2), torch.ones(1, 9).long())
+    one, fresh = torch.ones(()), new_adam(params)
+    _, tuned, _ = dppo.fine_tune(forward, schedule, args, params, fresh, batch, torch.arange(27), one, one)
+    _, cloned, _ = dppo.clone(forward, schedule, args, params, fresh, shown, one)
+    for opt in (tuned, cloned):
+        assert opt["m"].norm().item() == pytest.approx(1e-4, rel=1e-3)
+
+
 def test_the_same_seed_gives_the_same_run(source, tmp_path):
     """Bit for bit, with chunks of 2; another seed another one."""
     args = small(env="Pendulum-v1", chunk=2, data=str(agents.untrained(tmp_path / "run", "Pendulum-v1")))

@@ -281,6 +281,71 @@ def test_returns_that_are_all_equal_change_nothing(tmp_path, advantage, std):
     assert {float(row["grad_norm"]) for row in rows(tmp_path)} == {0.0}
 
 
+def test_every_epoch_learns_all_steps_by_the_policy_that_acted(tmp_path, monkeypatch):
+    """What the minibatches hold, put together: the log-probabilities of the policy at the time, with its
+    statistics; one optimiser goes through all batches."""
+    collect, update, acted, parts = grpo.collect_episodes, grpo.update, [], []
+
+    def collected(envs, seeds, policy, generator):
+        episodes, ended = collect(envs, seeds, policy, generator)
+        log_prob = [policy(obs.numpy()).log_prob(a) for obs, a in zip(*episodes[:2], strict=True)]
+        acted.append(torch.stack(log_prob)[episodes.alive])
+        parts.append([])
+        return episodes, ended
+
+    def updated(params, opt, steps, *rest, **given):
+        result = update(params, opt, steps, *rest, **given)
+        parts[-1].append((params, opt, steps, result))
+        return result
+
+    monkeypatch.setattr(grpo, "collect_episodes", collected)
+    monkeypatch.setattr(grpo, "update", updated)
+    grpo.train(small(tmp_path, "CartPole-v1", num_envs=4, group_size=2, total_steps=250, num_epochs=3,
+                     minibatch_size=32, normalize_obs=True))  # fmt: skip
+    assert len(acted) >= 2
+    last = None
+    for log_prob, given in zip(acted, parts, strict=True):
+        per_epoch, orders = -(-len(log_prob) // 32), []
+        assert len(given) == 3 * per_epoch
+        for e in range(3):
+            epoch = [part for _, _, part, _ in given[e * per_epoch :][:per_epoch]]
+            found = torch.cat([part.log_prob[part.weight > 0] for part in epoch])
+            torch.testing.assert_close(found.sort().values, log_prob.sort().values)
+            orders.append(found.tolist())
+        assert orders[0] != orders[1] != orders[2]
+        for params, opt, _, result in given:
+            assert last is None or (params is last[0] and opt is last[1])
+            last = result
+    assert last is not None and last[1]["t"] == sum(len(given) for given in parts)
+
+
+def test_every_step_has_noise_of_its_own():
+    drawn = []
+
+    class Policy:
+        def sample(self, noise):
+            drawn.append(noise)
+            return 0 * noise
+
+    with make_envs("Pendulum-v1", 2) as envs:
+        grpo.collect_episodes(envs, [1, 1], lambda obs: Policy(), torch.Generator().manual_seed(0))
+    assert torch.stack(drawn).shape == (200, 2, 1) and len(torch.stack(drawn).unique()) == 400
+
+
+def test_observations_are_taken_as_they_are_unless_normalised(tmp_path):
+    grpo.train(small(tmp_path, "CartPole-v1", total_steps=200, normalize_obs=False))
+    found, fresh = trained(tmp_path)["obs_stats"], new_stats(4)
+    assert found.keys() == fresh.keys() and all(torch.equal(found[name], x) for name, x in fresh.items())
+
+
+def test_an_update_scales_its_gradient_down():
+    """Adam's first moment is a tenth of the first gradient's, whose norm is --max-grad-norm."""
+    args, rate = Args(max_grad_norm=0.01), torch.tensor(0.1)
+    params, opt, metrics = grpo.update(PARAMS, grpo.new_adam(PARAMS), steps_of(), rate, tabular, args)
+    assert opt["m"].norm().item() == pytest.approx(1e-3, rel=1e-3) and metrics["grad_norm"] > 0.1
+    assert (params - PARAMS).abs().max() > 0.05
+
+
 # --- probe environments -------------------------------------------------------------------------------------
 
 

@@ -181,3 +181,56 @@ def test_the_schedule():
 def test_a_schedule_whose_last_sigma_is_0_is_refused():
     with pytest.raises(UsageError, match="--min-sigma 0: the last sigma of the schedule would be 0"):
         cosine_schedule(20, min_sigma=0.0)
+
+
+def test_compare_by_hand():
+    """Linear chains of two contexts stay Gaussian, and so does the tilt of a linear reward: every column in
+    closed form, a mean over the contexts.
+    """
+    grid, beta, slopes = mixtures.make_grid(1, 9.0, 0.25), 0.7, [0.9, 0.7, 0.5]
+    other = [0.8, 0.9, 0.5]
+
+    def chains(slopes, *shifts):
+        return torch.cat([linear(grid.points, slopes, shift) for shift in shifts], 1)
+
+    def gaussian(slopes, shift):
+        """Mean and variance of x_0; the chain's KL to the reference of the same context, step by step."""
+        mean, variance, kl = 0.0, 1.0, 0.0
+        for t in (3, 2, 1):
+            own, ref = slopes[t - 1], [0.9, 0.7, 0.5][t - 1]
+            apart = (own - ref) ** 2 * (variance + mean**2) + 2 * (own - ref) * shift * mean + shift**2
+            kl += apart / (2 * SIGMA[t].item() ** 2)
+            mean, variance = own * mean + shift, own**2 * variance + SIGMA[t].item() ** 2
+        return mean, variance, kl
+
+    truth = mixtures.make_truth(grid, chains(slopes, 0.0, 0.0), SIGMA, grid.points[:, 0], beta)
+    _, width, _ = gaussian(slopes, 0.0)
+    best = (SIGMA[1] ** 2 + (0.9 * SIGMA[2]) ** 2 + (0.9 * 0.7 * SIGMA[3]) ** 2).item() / (2 * beta)
+    tilt = width / beta  # the mean of the tilt, whose variance is the reference's
+    for own in (slopes, other):
+        found = mixtures.compare(grid, truth, chains(own, 0.2, 0.5), SIGMA, beta)
+        (mean, variance, kl), (mean2, _, kl2) = gaussian(own, 0.2), gaussian(own, 0.5)
+        reward, path = (mean + mean2) / 2, (kl + kl2) / 2
+        apart = [abs(m - tilt) for m in (mean, mean2)]
+        to_tilt = [0.5 * ((variance + x**2) / width - 1 + math.log(width / variance)) for x in apart]
+        expected = {
+            "objective": reward - beta * path, "best_objective": best, "gap": best - reward + beta * path,
+            "reward": reward, "reward_tilt": tilt, "path_kl": path, "kl_tilt": sum(to_tilt) / 2,
+        }  # fmt: skip
+        if own is slopes:  # then the Gaussians' variances are the same
+            expected["w1"] = sum(apart) / 2
+            expected["tv"] = sum(math.erf(x / math.sqrt(8 * width)) for x in apart) / 2
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, rel=1e-3), name
+
+
+def test_the_schedule_is_the_papers():
+    """Nichol & Dhariwal 2021, eq. 17: f(t) / f(0) is alpha_bar_t, but for the last beta, which is 0.95."""
+
+    def f(t):
+        return math.cos((t / 20 + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    schedule = cosine_schedule(20)
+    for t in range(1, 20):
+        assert schedule.signal[t].item() ** 2 == pytest.approx(f(t) / f(0), rel=1e-4)
+    assert (schedule.signal[20] / schedule.signal[19]).item() ** 2 == pytest.approx(0.05, rel=1e-4)

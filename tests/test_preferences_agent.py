@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from command import rows, run
-from gymnasium.spaces import Discrete
+from gymnasium.spaces import Box, Discrete
 from probes import TWO_TO_SIX, Probe
 from torch.func import grad_and_value
 from torch.nn import functional as F
@@ -29,7 +29,8 @@ from zoo.common.envs import make_envs
 from zoo.common.errors import RunFault, UsageError
 from zoo.common.files import load_checkpoint
 from zoo.common.horizon import early_end, fixed_horizon, time_limit
-from zoo.common.normalize import new_stats
+from zoo.common.normalize import new_stats, normalize, update_stats
+from zoo.common.optim import new_adam
 from zoo.preferences import (
     Args,
     Comparisons,
@@ -75,6 +76,15 @@ class AlwaysOnObs(Probe):
         return self.see(), reward, False, False, {}
 
 
+class FarOff(AlwaysOnObs):
+    """The same, its observations 3 and 7."""
+
+    observation_space = Box(-10.0, 10.0, (1,), np.float32)
+
+    def see(self):
+        return 5 + 2 * super().see()
+
+
 class Ends(Always):
     """Ends in its sixth step, in the 30th episode and later; earlier ones are cut at 8."""
 
@@ -90,7 +100,7 @@ class Ends(Always):
         return obs, reward, self.t == 6 and self.resets >= 30, False, info
 
 
-for cls in (Always, AlwaysOnObs, Ends):
+for cls in (Always, AlwaysOnObs, FarOff, Ends):
     if f"probe/{cls.__name__}-v0" not in gym.registry:
         gym.register(f"probe/{cls.__name__}-v0", cls, max_episode_steps=8)
 
@@ -379,6 +389,101 @@ def test_reward_networks_read_the_action_that_is_carried_out():
     assert x[:, 1:].tolist() == [[1.0, 0.0], [0.0, 1.0]]
 
 
+# --- what is learned from answers ---------------------------------------------------------------------------
+
+
+def test_the_teachers_answers_are_kept_as_they_were_given(monkeypatch):
+    """The clips in the teacher's order, "equal" as a half, what was skipped left out; the thresholds are
+    shares of the mean return of all clips drawn."""
+    pool, given = some_pool(torch.zeros(2, 12, 4, dtype=torch.bool)), []
+
+    def answers(reward, mean, args, generator):
+        given.extend((reward, mean))
+        order = torch.tensor([[0, 1], [1, 0], [0, 1], [1, 0], [1, 0]])
+        skipped = torch.tensor([False, False, True, False, True])
+        return preferences.Answers(order, torch.tensor([False, True, False, False, False]), skipped)
+
+    monkeypatch.setattr(preferences, "teach", answers)
+    args = Args(labels=9, clip_length=3, queries="random", members=2)
+    columns = torch.zeros(9, 2, 3, 3), torch.zeros(9, 2, 3, dtype=torch.int64), torch.zeros(9)
+    known = Comparisons(*columns, torch.zeros(2, 9), 0)
+    known = preferences.ask(5, 1, pool, known, None, None, args, generator())
+    clips = draw_clips(pool, 10, 3, generator())
+    assert given[1].item() == pytest.approx(clips.reward.sum(-1).mean().item())
+    obs = known.obs[:3]
+    kept = obs[..., 1] + 100 * obs[..., 2]  # what they were paid
+    expected = torch.stack((given[0][0], given[0][1].flip(0), given[0][3].flip(0)))
+    assert torch.equal(kept.double(), expected)
+    assert torch.equal(known.action[:3], obs[..., 0].long())
+    assert known.answered == 3 and known.first[:3].tolist() == [1.0, 0.5, 1.0]
+
+
+def test_each_member_learns_from_its_own_sample_for_as_long_as_new_answers_are_worth():
+    """Member m's has rows m and m + 3 alone, 4 is in none; rates fall, Adam goes on."""
+    args = Args(members=3, reward_batch=8, reward_passes=90, reward_learning_rate=0.5)
+    weight = torch.zeros(3, 9)
+    weight[[0, 0, 1, 1, 2, 2], [0, 3, 1, 4, 2, 5]] = 1.0
+    x, first = torch.randn(9, 2, 4, 5), torch.tensor([1.0, 0.5, 0.0] * 3)
+    known = Comparisons(torch.zeros(9, 2, 4, 3), torch.zeros(9, 2, 4, 2), first, weight, 6)
+    model, calls = preferences.RewardModel(torch.zeros(1), {"t": 0}, torch.zeros(3), torch.ones(3)), []
+
+    def fit(params, opt, x, first, order, rate):
+        calls.append((params.item(), opt["t"], x, first, order, rate.item()))
+        return params + 1, {"t": opt["t"] + 1}, {}
+
+    def rewards(model, rows):
+        assert model.params == len(calls)
+        return torch.arange(3.0)[:, None] * rows[:, 0] + 1
+
+    found, _ = preferences.refit(model, known, 5, x, 0.25, fit, rewards, args, generator())
+    assert len(calls) == 3  # 5 x 90 comparisons, of which a call has 25 x 8
+    for i, (params, t, given, theirs, order, rate) in enumerate(calls):
+        assert (params, t, rate) == (i, i, 0.125) and given is x and torch.equal(theirs, first)
+        assert order.shape == (25, 3, 8)
+        for m in range(3):
+            assert order[:, m].unique().tolist() == [m, m + 3]
+            assert 0.35 < (order[:, m] == m).float().mean() < 0.65
+        assert not torch.equal(order[:, 0], order[:, 1] - 1)
+    assert found.params == 3 and found.opt["t"] == 3
+    reward = rewards(found, x[:6].flatten(0, 2))
+    torch.testing.assert_close(found.mean, reward.mean(1))
+    torch.testing.assert_close(found.std, reward.std(1).clamp(min=1e-6))
+
+
+def test_a_step_of_the_reward_model_takes_the_share_of_chance_that_was_asked_for():
+    torch.manual_seed(0)
+    ensemble = RewardEnsemble(5, (7,), 2)
+    params, unflatten = flatten(ensemble)
+    x, first = torch.randn(6, 2, 4, 5, generator=generator()), torch.tensor([1.0, 0.5, 0.0] * 2)
+    order = torch.tensor([[[0, 1, 2], [5, 5, 3]]])
+
+    def forward(params, x):
+        return torch.func.functional_call(ensemble, unflatten(params), (x,))
+
+    for share in (0.0, 0.4):
+        args = Args(members=2, error_model=share)
+        _, opt, _ = preferences.fit(
+            forward, args, params, new_adam(params), x, first, order, torch.tensor(0.1)
+        )
+        grad = grad_and_value(reward_loss, has_aux=True)(params, x[order[0]], first[order[0]], forward, share)
+        torch.testing.assert_close(opt["m"], 0.1 * grad[0])
+
+
+def test_an_update_scales_its_gradient_down():
+    """Adam's first moment is a tenth of the first gradient's, whose norm is --max-grad-norm."""
+    params, args = torch.tensor([0.5, -0.5]), Args(max_grad_norm=0.01, minibatch_size=4)
+
+    def forward(params, obs):
+        return preferences.Categorical(params * obs), obs[:, 0] * params[0]
+
+    action, ones = torch.tensor([0, 1, 1, 0]), [torch.ones(4)] * 4
+    batch = preferences.Batch(torch.ones(4, 2), action, *ones)
+    _, opt, metrics = preferences.update(
+        params, new_adam(params), batch, torch.tensor(0.1), torch.tensor(1.0), forward, args
+    )
+    assert opt["m"].norm().item() == pytest.approx(1e-3, rel=1e-3) and metrics["grad_norm"] > 0.05
+
+
 # --- imitation's numbers ------------------------------------------------------------------------------------
 
 IMITATION = json.loads((Path(__file__).parent / "imitation.json").read_text())
@@ -491,6 +596,179 @@ def test_predictions_have_mean_0_and_deviation_1_over_the_clips_compared(tmp_pat
         )
         normal = predicted_reward(reward, model["mean"], model["std"], 0.0)
     assert normal.mean().item() == pytest.approx(0.0, abs=0.15) and 0.8 < normal.std().item() < 1.05
+
+
+class Watched:
+    """What a run hands on, rollout by rollout: in `seen` dicts with its statistics, the pool it went into,
+    what was asked and learned, and what PPO was given.
+    """
+
+    def __init__(self, patch):
+        self.seen, self.rollouts = [], []
+        originals = {
+            name: getattr(preferences, name)
+            for name in ("collect", "into_pool", "ask", "refit", "as_seen", "improve")
+        }
+
+        def collect(*given):
+            result = originals["collect"](*given)
+            self.rollouts.append(result[0])
+            self.seen.append({"epochs": []})
+            return result
+
+        def kept(name):
+            def function(*given):
+                result = originals[name](*given)
+                self.seen[-1][name] = (given, result)
+                return result
+
+            return function
+
+        def improve(forward, args, params, opt, batch, order, rate, kl_coef):
+            result = originals["improve"](forward, args, params, opt, batch, order, rate, kl_coef)
+            self.seen[-1]["epochs"].append((params, opt, batch, order, rate.item(), result))
+            return result
+
+        for name in originals:
+            function = {"collect": collect, "improve": improve}.get(name) or kept(name)
+            patch.setattr(preferences, name, function)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    return Watched(monkeypatch)
+
+
+def predictions(model, x, width=16):
+    """The members' rewards (M, ...) of what they read, x (..., F)."""
+    ensemble = RewardEnsemble(x.shape[-1], (width, width), len(model.mean))
+    torch.nn.utils.vector_to_parameters(model.params, ensemble.parameters())
+    with torch.no_grad():
+        rows = [member(ensemble, m, x.reshape(-1, x.shape[-1])) for m in range(len(model.mean))]
+    return torch.stack(rows).view(-1, *x.shape[:-1])
+
+
+def read(obs, action, stats):
+    """What members read in a box: the observation as it is normalised, and the action within its bounds."""
+    return torch.cat((normalize(obs, stats), action.clamp(-1, 1)), -1)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_who_is_asked_what_learns_what_and_is_paid_what(tmp_path, watched, normalized):
+    """Rollout by rollout: when and about which clips is asked, what members are shown of all answers, and the
+    reward that PPO gets, its observations seen as by everything before."""
+    args = small(
+        tmp_path, "probe/FarOff-v0", total_steps=128 * 12, pool=5, first=3, ask_every=4, pessimism=0.7,
+        num_epochs=1, normalize_obs=normalized, log_std=0.0,
+    )  # fmt: skip
+    preferences.train(args)
+    assert args.bound_coef == 1.0  # the actions have bounds
+    stats, model, answered = new_stats(1), None, 0
+    for i, (rollout, seen) in enumerate(zip(watched.rollouts, watched.seen, strict=True)):
+        assert ("ask" in seen) == (i + 1 in (3, 7, 11))
+        if "ask" in seen:
+            (due, begin, pool, known, returns, *_), asked = seen["ask"]
+            assert due == labels_due(args, 128 * i) and begin == 8 and known.answered == answered
+            latest = watched.rollouts[max(0, i - 4) : i + 1]
+            for name in ("obs", "action", "reward"):
+                column = torch.stack([getattr(r, name) for r in latest])
+                assert torch.equal(getattr(pool, name), column)
+            assert torch.equal(pool.ended, torch.stack([r.truncated for r in latest])) and pool.ended.any()
+            assert (returns is None) == (model is None)
+            if model is not None:
+                clips = draw_clips(pool, 6, 4, generator())
+                expected = predictions(model, read(clips.obs, clips.action, stats)).sum(-1)
+                torch.testing.assert_close(returns(clips), expected, rtol=1e-4, atol=1e-4)
+            (old, known, new, x, remaining, *_), (fitted, _) = seen["refit"]
+            assert new == asked.answered - answered > 0 and remaining == pytest.approx(1 - i / 12)
+            assert model is None or old is model
+            assert fitted.opt["t"] == old.opt["t"] + 25 * math.ceil(new * 60 / (25 * 16))
+            answered, model = asked.answered, fitted
+            torch.testing.assert_close(x[:answered], read(known.obs, known.action, stats)[:answered])
+            reward = predictions(model, x[:answered]).flatten(1)
+            torch.testing.assert_close(model.mean, reward.mean(1), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(model.std, reward.std(1), rtol=1e-3, atol=1e-4)
+        if model is not None:
+            (paid, given, *_), _ = seen["as_seen"]
+            assert given["count"] == stats["count"]
+            reward = predictions(model, read(rollout.obs, rollout.action, stats))
+            expected = predicted_reward(reward.flatten(1), model.mean, model.std, 0.7)
+            torch.testing.assert_close(paid.reward.flatten(), expected, rtol=1e-3, atol=1e-3)
+            assert torch.equal(paid.obs, rollout.obs) and torch.equal(paid.action, rollout.action)
+        if normalized:
+            stats = update_stats(stats, rollout.obs.flatten(0, 1))
+    assert answered > 20
+
+
+@pytest.mark.parametrize("recomputed", [True, False])
+def test_epochs_learn_from_what_acted_and_advantages_from_the_latest_values(tmp_path, watched, recomputed):
+    args = small(
+        tmp_path, "Pendulum-v1", total_steps=128 * 6, num_epochs=3, recompute_advantages=recomputed, gamma=0.9
+    )
+    preferences.train(args)
+    net = preferences.ActorCritic(make_envs("Pendulum-v1", 1), args.hidden, args.log_std, False)
+    sums, last, updates = torch.zeros(8), None, [seen for seen in watched.seen if seen["epochs"]]
+    assert len(updates) == 5
+    for i, seen in enumerate(updates, 1):
+        (*_, given_sums, _), (rollout, *_, next_sums) = seen["as_seen"]
+        assert torch.equal(given_sums, sums)
+        sums = next_sums
+        assert len(seen["epochs"]) == (3 if recomputed else 1)
+        for e, (params, opt, batch, order, rate, result) in enumerate(seen["epochs"]):
+            torch.nn.utils.vector_to_parameters(params, net.parameters())
+            value, next_value = preferences.values(net, rollout)
+            if e == 0:
+                acted = net.policy(batch.obs).log_prob(batch.action).detach()
+                old = value.flatten()
+            torch.testing.assert_close(batch.log_prob, acted)
+            torch.testing.assert_close(batch.value, old)
+            flags = (rollout.terminated, rollout.truncated)
+            advantage = preferences.gae(rollout.reward, value, next_value, *flags, 0.9, 0.95)
+            torch.testing.assert_close(batch.advantage, advantage.flatten(), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(batch.return_, (advantage + value).flatten(), rtol=1e-3, atol=1e-4)
+            assert len(order) == (128 if recomputed else 384) and rate == pytest.approx(5e-3 * (1 - i / 6))
+            assert last is None or (torch.equal(params, last[0]) and torch.equal(opt["m"], last[1]["m"]))
+            last = result
+
+
+def test_a_resumed_run_has_its_model_its_pool_and_its_statistics(tmp_path, watched):
+    args = small(tmp_path / "run", "Pendulum-v1", total_steps=128 * 5, num_epochs=1, pool=3)
+    preferences.train(args)
+    saved = state_of(args.run_dir)
+    watched.seen.clear(), watched.rollouts.clear()
+    preferences.train(replace(args, run_dir=None, resume=args.run_dir, total_steps=128 * 6))
+    (seen,) = watched.seen
+    assert same(seen["into_pool"][0][0]._asdict(), saved["pool"])
+    _, stats, return_stats, *_ = seen["as_seen"][0]
+    assert same(stats, saved["obs_stats"]) and same(return_stats, saved["return_stats"])
+    assert same(seen["refit"][0][0]._asdict(), saved["model"])
+    params, opt, *_ = seen["epochs"][0]
+    assert torch.equal(params, saved["params"]) and same(opt, saved["opt"])
+
+
+def test_the_weight_of_the_kl_follows_it_and_a_target_ends_the_epochs(tmp_path):
+    args = small(tmp_path / "adaptive", "probe/Always-v0", surrogate="adaptive-kl", total_steps=128 * 8)
+    preferences.train(args)
+    table, beta = [row for row in rows(tmp_path / "adaptive") if row["kl_coef"]], torch.tensor(1.0)
+    for row in table:
+        beta = preferences.adapt_kl_coef(beta, torch.tensor(float(row["approx_kl"])), 0.01)
+        assert float(row["kl_coef"]) == pytest.approx(beta.item())
+        assert row["epochs"] == "10"
+    assert len({row["kl_coef"] for row in table}) > 1
+    preferences.train(small(tmp_path / "target", "probe/Always-v0", target_kl=1e-7, total_steps=128 * 4))
+    assert [float(row["epochs"]) for row in rows(tmp_path / "target") if row["epochs"]] == [1.0] * 3
+
+
+def test_a_fixed_horizon_is_evaluated_as_it_is_played(tmp_path, monkeypatch):
+    class Made(Exception):
+        pass
+
+    def evaluation(args, make):
+        raise Made(args.env)
+
+    monkeypatch.setattr(preferences, "Evaluation", evaluation)
+    with pytest.raises(Made, match=r"\AFixedHorizon/Hopper-v4\Z"):
+        preferences.train(small(tmp_path, "Hopper-v4", fixed_horizon=True))
 
 
 def test_the_same_seed_gives_the_same_table(tmp_path):

@@ -50,7 +50,7 @@ from zoo.common.targets import Target, make_evaluation, make_target
 
 @dataclass
 class Args(RunArgs):
-    kept: ClassVar = (*RunArgs.kept, "hidden", "steps", "predict")
+    kept: ClassVar = (*RunArgs.kept, "hidden", "steps", "eta", "min_sigma", "predict", "pretrain_steps")
     idle: ClassVar = ("num_envs", "env_threads", "eval_episodes")
 
     env: str = "line"  # the task: line or ring (exact), digits

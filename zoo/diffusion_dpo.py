@@ -45,7 +45,9 @@ from zoo.common.targets import Target, make_evaluation, make_target
 
 @dataclass
 class Args(RunArgs):
-    kept: ClassVar = (*RunArgs.kept, "hidden", "steps", "predict", "num_pairs")
+    kept: ClassVar = (
+        *RunArgs.kept, "hidden", "steps", "eta", "min_sigma", "predict", "pretrain_steps", "num_pairs",
+    )  # fmt: skip
     idle: ClassVar = ("num_envs", "env_threads", "eval_episodes")
 
     env: str = "line"  # the task: line or ring (exact), digits

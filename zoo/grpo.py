@@ -438,6 +438,10 @@ def check(args: Args) -> None:
         finite=("bound_coef", "log_std"),
     )
     require(
+        args.kl_in == "loss" or not args.kl_correction,
+        "--kl-correction weighs the KL in the loss; --kl-in loss is meant",
+    )
+    require(
         args.group_size > 1, "--group-size 1: an episode that is its own group has advantage 0; at least 2"
     )
     require(

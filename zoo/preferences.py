@@ -841,6 +841,10 @@ def check(args: Args) -> None:
         f"--total-steps {args.total_steps} hold {rollouts}",
     )
     require(args.error_model < 1, "--error-model must be below 1: answers that are all chance teach nothing")
+    require(
+        args.pessimism == 0 or args.members > 1,
+        f"--pessimism {args.pessimism:g}: a single one of --members disagrees with nobody",
+    )
     require(args.pessimism >= 0, f"--pessimism must be at least 0, not {args.pessimism:g}")
     require(
         args.ranked == 2 or args.equal == 0,

@@ -202,9 +202,10 @@ def make_single(env_id: str, **options: Any) -> gym.Env:
             told = f"MuJoCo cannot be imported with MUJOCO_GL={renderer}: {message}; try egl, osmesa or none"
             raise UsageError(f"--env {env_id}: {told}") from error
         raise UsageError(f"--env {env_id} cannot be made: {type(error).__name__}: {message}") from error
-    if env.spec is not None and env.spec.id != env_id.rpartition(":")[2]:
+    spec = env.unwrapped.spec  # of a task made of another (horizon.py) `env.spec` may be the other's
+    if spec is not None and spec.id != env_id.rpartition(":")[2]:
         env.close()  # settings go by the id, and another Gymnasium may have a newer one
-        raise UsageError(f"--env {env_id} does not say which version; the newest is {env.spec.id}")
+        raise UsageError(f"--env {env_id} does not say which version; the newest is {spec.id}")
     return env
 
 

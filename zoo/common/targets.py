@@ -57,7 +57,14 @@ class Exact:
     def __init__(self, target: mixtures.Mixture, schedule: Schedule, beta: float, mean: Mean):
         self.target, self.beta, self.mean, self.steps = target, beta, mean, schedule.steps
         self.sigma = schedule.sigma.cpu()
-        self.grid = mixtures.make_grid(target.dim, target.half_width, self.sigma.min().item())
+        least = self.sigma.min().item()
+        across = 2 * target.half_width / least
+        if across ** (target.dim + 1) > 3e8:  # 2.4 GB a matrix of chances
+            told = f"the grid of the exact evaluation would have {across**target.dim:.1e} points"
+            raise UsageError(
+                f"--min-sigma, --eta: the least noise of a step is {least:.2g}, with which {told}"
+            )
+        self.grid = mixtures.make_grid(target.dim, target.half_width, least)
         self.truth: mixtures.Truth | None = None
 
     def means(self, params: Tensor) -> Tensor:
