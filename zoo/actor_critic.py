@@ -90,7 +90,7 @@ SETTINGS: dict[str, dict] = {
         total_steps=500_000, num_envs=16, num_steps=32, eval_every=50_000, eval_episodes=100,
     ),
     "MountainCarContinuous-v0": dict(
-        total_steps=100_000, num_envs=8, num_steps=64, learning_rate=1e-3, gamma=0.999, log_std=0.0,
+        total_steps=100_000, num_envs=8, num_steps=64, learning_rate=1e-3, gamma=0.999, log_std=0.5,
         eval_every=10_000, eval_episodes=100,
     ),
 }  # fmt: skip
