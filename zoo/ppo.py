@@ -14,8 +14,8 @@ pi_old(a_t|s_t):
     V's target R_t = A_t + V(s_t), from the raw advantage, never the normalised one
     loss    = -L + c1 E[(V(s_t) - R_t)^2] - c2 E[H(pi(.|s_t))]
 
-Advantages are recomputed with the improving critic before each epoch (Andrychowicz et al. 2021,
-arXiv:2006.05990).
+With --recompute-advantages they are estimated anew with the improving critic before each epoch (Andrychowicz
+et al. 2021, arXiv:2006.05990), as on the tasks of SETTINGS.
 
     python zoo/ppo.py --env HalfCheetah-v4
     python zoo/ppo.py --env CartPole-v1 --seed 2
@@ -86,7 +86,7 @@ class Args(RunArgs):
 
 
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
-# smaller steps towards the end, and a normalisation that goes on
+# smaller steps towards the end, the newest critic's advantages, and a normalisation that goes on
 ANNEALED: dict = dict(anneal=True, recompute_advantages=True, value_coef=0.25, normalizer_steps=None)
 # long runs, in which the size of an advantage says something, and little noise is enough
 LONG: dict = ANNEALED | dict(num_envs=64, num_steps=32, normalize_advantages=False, log_std=-1.0)
