@@ -15,7 +15,7 @@ pi_old(a_t|s_t):
     loss    = -L + c1 E[(V(s_t) - R_t)^2] - c2 E[H(pi(.|s_t))]
 
 With --recompute-advantages they are estimated anew with the improving critic before each epoch (Andrychowicz
-et al. 2021, arXiv:2006.05990), as on the tasks of SETTINGS.
+et al. 2021, arXiv:2006.05990), as most tasks of SETTINGS have it.
 
     python zoo/ppo.py --env HalfCheetah-v4
     python zoo/ppo.py --env CartPole-v1 --seed 2
