@@ -289,12 +289,12 @@ def arguments(module: ModuleType, args: Args) -> RunArgs:
     return default
 
 
-def command(agent: str, env: str, values: dict[str, Any]) -> str:
-    """What runs the agent so."""
+def command(agent: str, env: str, values: dict[str, Any], more: str = "") -> str:
+    """What runs the agent so; more: further arguments, as --args has them."""
     words = ["python", f"zoo/{agent}.py", "--env", env]
     for name, value in values.items():
         words += as_words(name, value)
-    return shlex.join(words)
+    return shlex.join([*words, *shlex.split(more)])
 
 
 def tune(args: Args) -> None:
@@ -344,7 +344,7 @@ def tune(args: Args) -> None:
         values = {each.name: each.suggest(optuna.trial.FixedTrial(study.best_params)) for each in ranges
                   if each.name in study.best_params}  # fmt: skip
         print(f"best: {study.best_value:.6g} in trial {study.best_trial.number}")
-        print(shlex.join([*shlex.split(command(args.agent, args.env, values)), *shlex.split(args.args)]))
+        print(command(args.agent, args.env, values, args.args))
         draw(study, folder / "importance.png")
         if args.confirm:
             compare(module, default, values, args.confirm, folder)

@@ -40,3 +40,18 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return [
             {name: cell for name, cell in row.items() if name not in CLOCKS} for row in csv.DictReader(file)
         ]
+
+
+def recorded_updates(monkeypatch: pytest.MonkeyPatch, agent: ModuleType) -> list[tuple]:
+    """The arguments of every update that runs of the agent will make."""
+    calls: list[tuple] = []
+
+    def recording(update, *_):
+        def record(*arguments):
+            calls.append(arguments)
+            return update(*arguments)
+
+        return record
+
+    monkeypatch.setattr(agent, "compile_function", recording)
+    return calls

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from command import rows, run, run_script
+from command import recorded_updates, rows, run, run_script
 from torch.func import grad
 from torch.nn.functional import logsigmoid
 
@@ -113,17 +113,8 @@ def test_later_rounds_are_written_by_the_policy_of_then(whole, tmp_path):
 @pytest.fixture(scope="module")
 def updates(tmp_path_factory):
     """The arguments of every update of a run of two rounds, of 64 pairs and 8 updates each."""
-    calls = []
-
-    def recording(update, *_):
-        def record(*arguments):
-            calls.append(arguments)
-            return update(*arguments)
-
-        return record
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dpo, "compile_function", recording)
+        calls = recorded_updates(patch, dpo)
         many = ("--online", "2", "--total-steps", "512", "--learning-rate", "1e-2")
         run(dpo, *TINY, *many, "--run-dir", str(tmp_path_factory.mktemp("updates")))
     return calls

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from command import rows, run, run_script
+from command import recorded_updates, rows, run, run_script
 from torch.func import grad
 
 from zoo import grpo_tokens
@@ -169,16 +169,7 @@ def test_variants_run(arguments, by_default, tmp_path):
 @pytest.mark.parametrize("std", ["--std", "--no-std"])
 def test_a_response_is_compared_with_the_others_to_its_prompt(level, std, tmp_path, monkeypatch):
     """A batch's log-probabilities and, without KL, advantages, from its prompts and responses alone."""
-    calls = []
-
-    def recording(update, *_):
-        def record(*arguments):
-            calls.append(arguments)
-            return update(*arguments)
-
-        return record
-
-    monkeypatch.setattr(grpo_tokens, "compile_function", recording)
+    calls = recorded_updates(monkeypatch, grpo_tokens)
     once = ("--total-steps", "32", "--num-epochs", "1", "--num-minibatches", "1", "--beta", "0")
     run(grpo_tokens, *ADD, *once, "--level", level, std, "--run-dir", str(tmp_path))
     [(params, _, batch, _)] = calls

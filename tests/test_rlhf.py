@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from command import rows, run, run_script
+from command import recorded_updates, rows, run, run_script
 from torch.func import grad
 from torch.nn.functional import logsigmoid
 
@@ -275,21 +275,6 @@ def recorded(monkeypatch, function):
     return calls
 
 
-def recorded_updates(monkeypatch):
-    """The arguments of every update of the ppo stages to come."""
-    calls = []
-
-    def recording(update, *_):
-        def record(*arguments):
-            calls.append(arguments)
-            return update(*arguments)
-
-        return record
-
-    monkeypatch.setattr(rlhf, "compile_function", recording)
-    return calls
-
-
 def test_all_stages_leave_their_folders(finished):
     for stage in ("supervised", "reward", "ppo"):
         names = {path.name for path in (finished / stage).iterdir()}
@@ -450,7 +435,7 @@ def test_a_response_is_paid_the_reward_models_mean_less_a_constant(finished, tmp
     saved = torch.load(earlier / "reward" / "agent.pt", weights_only=True)
     saved["state"]["members"][:, -1] += 5  # the bias of the head
     torch.save(saved, earlier / "reward" / "agent.pt")
-    calls = recorded_updates(monkeypatch)
+    calls = recorded_updates(monkeypatch, rlhf)
     once = ("--batch-size", "256", "--total-steps", "256", "--num-epochs", "1", "--num-minibatches", "1")
     stages = ("--stage", "ppo", "--earlier", str(earlier), "--run-dir", str(tmp_path / "run"))
     run(rlhf, *SORT, *once, "--ensemble", "2", "--beta", "0", "--gae-lambda", "1", *stages)

@@ -153,9 +153,9 @@ class Run:
                 row["train_return"], row["train_length"] = np.mean(self._recent, axis=0).tolist()
             with writing(self.folder):
                 if self._made_by is not None:  # the first step that a resumed run has made
-                    self._made_by, described = None, dataclasses.asdict(self.args)
-                    path = self.folder / "args.json"
-                    describe(path, described, self.agent, self._engine, self._resumed_at)
+                    self._made_by, path = None, self.folder / "args.json"
+                    given = dataclasses.asdict(self.args)
+                    describe(path, given, self.agent, self._engine, self._resumed_at)
                 self._logs.report(row, values, episodes)
                 if content is not None:
                     owed = {"acting": portable(acting, "acting"), "columns": [*row, *values]}
