@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.nn.functional import linear
 
 from zoo import sac
+from zoo.common.classic_engine import step_continuous_mountain_car
 from zoo.common.cli import main
 from zoo.common.device import flatten
 from zoo.common.envs import make_envs
@@ -437,6 +438,45 @@ def test_the_temperature_meets_its_target(tmp_path):
         tmp_path, "probe/ActOnObsBox-v0", target_entropy=-0.5, total_steps=480, hidden=(32,), **FAST
     ))  # fmt: skip
     assert float(rows(tmp_path)[-1]["entropy"]) == pytest.approx(-0.5, abs=0.25)
+
+
+# --- settings -----------------------------------------------------------------------------------------------
+
+
+def soft_optimum_climbs(alpha: float, gamma: float) -> bool:
+    """Whether the soft optimum of MountainCarContinuous-v0 drives from the bottom, at rest, to the flag.
+
+    By soft value iteration over 61 positions, 41 velocities and 15 actions, values between them interpolated.
+    Never to reach the flag earns alpha log(integral of exp(-0.1 a^2 / alpha)) a step with the best noise.
+    """
+    env = gym.make("MountainCarContinuous-v0").unwrapped
+    low, high, shape = np.array([-1.2, -0.07]), np.array([0.6, 0.07]), (61, 41)
+    positions, velocities = (np.linspace(*ends) for ends in zip(low, high, shape, strict=True))
+    actions, width = np.linspace(-1, 1, 15), 2 / 15
+    grid = np.meshgrid(positions, velocities, actions, indexing="ij")
+    position, velocity, action = (axis.ravel() for axis in grid)
+    state, begun = np.stack((position, velocity)), np.zeros(len(action), dtype=bool)
+    reward, flag = step_continuous_mountain_car(env, state, action[:, None], begun)
+    place = (state.T - low) / (high - low) * (np.array(shape) - 1)
+    cell = np.minimum(place.astype(int), np.array(shape) - 2)
+    (i, j), (u, v) = cell.T, (place - cell).T
+
+    def soft_max(q):
+        return alpha * np.logaddexp.reduce(q / alpha + np.log(width), axis=-1)
+
+    never = soft_max(-0.1 * actions**2) / (1 - gamma)
+    value = np.full(shape, never)
+    for _ in range(400):
+        here, above = ((1 - v) * value[k, j] + v * value[k, j + 1] for k in (i, i + 1))
+        q = reward + gamma * ~flag * ((1 - u) * here + u * above)
+        value = soft_max(q.reshape(*shape, -1))
+    return bool(value[np.abs(positions + 0.5).argmin(), shape[1] // 2] > never + 1)
+
+
+def test_mountain_cars_setting_has_the_flag_for_its_optimum():
+    setting = Args.for_env("MountainCarContinuous-v0")
+    assert soft_optimum_climbs(setting.alpha, setting.gamma)
+    assert not soft_optimum_climbs(setting.alpha, 0.9999)  # RL Zoo's discount, and ours before
 
 
 # --- whole runs ---------------------------------------------------------------------------------------------

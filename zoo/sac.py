@@ -78,8 +78,9 @@ SETTINGS: dict[str, dict] = {
         total_steps=20_000, num_envs=1, random_steps=500, learning_rate=1e-3, hidden=(64, 64),
         eval_every=5_000, eval_episodes=100,
     ),
+    # at gamma 0.9999 the noise of never reaching the flag is worth 400, the flag 100: the soft optimum stays
     "MountainCarContinuous-v0": dict(
-        total_steps=50_000, random_hold=50, gamma=0.9999, alpha=0.1, batch_size=512, tau=0.01,
+        total_steps=50_000, random_hold=50, gamma=0.995, alpha=0.1, batch_size=512, tau=0.01,
         hidden=(64, 64), eval_every=10_000, eval_episodes=100,
     ),
 }  # fmt: skip
