@@ -94,6 +94,7 @@ SUITES: dict[str, list[Entry]] = {
         Entry("actor_critic", "Acrobot-v1", TEN),
         Entry("actor_critic", "MountainCarContinuous-v0", TEN),
         Entry("actor_critic", "Pendulum-v1", TEN),
+        Entry("actor_critic", "MountainCar-v0", TEN),
     ],
     "trpo": [
         Entry("trpo", "HalfCheetah-v4", TEN),

@@ -89,6 +89,9 @@ SETTINGS: dict[str, dict] = {
     "Acrobot-v1": dict(
         total_steps=500_000, num_envs=16, num_steps=32, eval_every=50_000, eval_episodes=100,
     ),
+    "MountainCar-v0": dict(
+        num_envs=16, num_steps=16, gae_lambda=0.98, entropy_coef=0.03, eval_episodes=100,
+    ),
     "Pendulum-v1": dict(
         num_envs=8, num_steps=8, learning_rate=1.5e-3, gamma=0.98, gae_lambda=0.9, eval_episodes=100,
     ),
