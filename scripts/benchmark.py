@@ -86,10 +86,17 @@ SUITES: dict[str, list[Entry]] = {
     "reinforce": [
         Entry("reinforce", "CartPole-v1", FIVE),
         Entry("reinforce", "HalfCheetah-v4", FIVE, "--total-steps 3000000"),
+        Entry("reinforce", "Hopper-v4", FIVE),
+        Entry("reinforce", "Walker2d-v4", FIVE),
+        Entry("reinforce", "Acrobot-v1", TEN),
+        Entry("reinforce", "Pendulum-v1", FIVE),
+        Entry("reinforce", "MountainCarContinuous-v0", TEN),
+        Entry("reinforce", "MountainCar-v0", TEN),
     ],
     "actor_critic": [
         Entry("actor_critic", "HalfCheetah-v4", TEN),
         Entry("actor_critic", "Hopper-v4", FIVE),
+        Entry("actor_critic", "Walker2d-v4", FIVE),
         Entry("actor_critic", "CartPole-v1", FIVE),
         Entry("actor_critic", "Acrobot-v1", TEN),
         Entry("actor_critic", "MountainCarContinuous-v0", TEN),
@@ -110,8 +117,8 @@ SUITES: dict[str, list[Entry]] = {
         Entry("sac", "Pendulum-v1", FIVE),
         Entry("sac", "MountainCarContinuous-v0", FIVE),
         Entry("sac", "HalfCheetah-v4", FIVE, "--total-steps 300000"),
-        Entry("sac", "Hopper-v4", THREE),
-        Entry("sac", "Walker2d-v4", THREE),
+        Entry("sac", "Hopper-v4", FIVE, "--total-steps 300000"),
+        Entry("sac", "Walker2d-v4", FIVE, "--total-steps 300000"),
     ],
     "grpo": [
         Entry("grpo", "CartPole-v1", FIVE),

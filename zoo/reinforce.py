@@ -81,6 +81,13 @@ class Args(RunArgs):
 SETTINGS: dict[str, dict] = {
     "CartPole-v1": dict(total_steps=200_000, num_envs=8, learning_rate=5e-3, eval_every=20_000),
     "HalfCheetah-v4": dict(total_steps=3_000_000),
+    "Acrobot-v1": dict(total_steps=500_000, eval_every=50_000, eval_episodes=100),
+    "MountainCar-v0": dict(total_steps=200_000, eval_every=20_000, eval_episodes=100),
+    "MountainCarContinuous-v0": dict(
+        total_steps=200_000, gamma=0.999, log_std=0.5, eval_every=20_000, eval_episodes=100,
+    ),
+    # many updates, of one episode each
+    "Pendulum-v1": dict(num_envs=1, gamma=0.95, eval_episodes=100),
 }  # fmt: skip
 
 
