@@ -16,7 +16,7 @@ Everything is computed from results/ alone, with rliable (Agarwal et al. 2021, a
 
 Scores that are aggregated over tasks are normalised: 0 is random, 1 is PPO as published at the budget that
 PPO has here. Of an agent whose tasks have different numbers of seeds the first ones of each count there, as
-many as all have. Exit status: 0, 2 for bad input.
+many as all have; a task with fewer than three is left out. Exit status: 0, 2 for bad input.
 
 Needs the extra `report`: pip install -e '.[report]'.
 """
@@ -54,6 +54,7 @@ REPS = 2000  # bootstrap samples of an interval
 TAUS = tuple(round(0.05 * i, 2) for i in range(31))  # normalised scores at which a profile is computed
 COLUMNS = ("quantity", "agent", "against", "task", "x", "value", "low", "high")
 EPISODES = 100  # of random play
+FEWEST = 3  # seeds of a task that counts among an agent's aggregated scores
 BEGINS_TRAINED = {"dppo"}  # its environment steps begin with a clone, no untrained agent
 # zoo/README.md walks from one agent to the next, on this task
 TOUR_TASK, TOUR = (
@@ -310,14 +311,14 @@ def improvement(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 
 
 def normalised(rows: Sequence[Row], results: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Scores of each agent as it is by task, 0 random and 1 PPO as published; what has no reference is left
-    out."""
+    """Scores of each agent as it is by task, 0 random and 1 PPO as published; what has no reference, or fewer
+    than three seeds, is left out."""
     published, random = plot.read_published(results / "published.csv"), read_random(results)
     budgets = {row.task: row.budget for row in rows if row.agent == "ppo" and not row.variant}
     found: dict[str, dict[str, np.ndarray]] = {}
     for row in rows:
         best = plot.best_published(published, "ppo", row.task, budgets.get(row.task, row.budget))
-        if row.variant or best is None or row.task not in random:
+        if row.variant or best is None or row.task not in random or len(row.scores) < FEWEST:
             continue
         zero, one = random[row.task], float(best["value"])
         found.setdefault(row.agent, {})[row.task] = (row.scores - zero) / (one - zero)
