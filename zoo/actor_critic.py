@@ -96,8 +96,8 @@ SETTINGS: dict[str, dict] = {
         num_envs=8, num_steps=8, learning_rate=1.5e-3, gamma=0.98, gae_lambda=0.9, eval_episodes=100,
     ),
     "MountainCarContinuous-v0": dict(
-        total_steps=100_000, num_envs=8, num_steps=64, learning_rate=1e-3, gamma=0.999, log_std=0.5,
-        eval_every=10_000, eval_episodes=100,
+        total_steps=100_000, num_envs=8, num_steps=256, learning_rate=3e-3, gamma=0.999, gae_lambda=0.99,
+        log_std=0.5, eval_every=10_000, eval_episodes=100,
     ),
 }  # fmt: skip
 
