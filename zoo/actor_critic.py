@@ -97,7 +97,7 @@ SETTINGS: dict[str, dict] = {
     ),
     "MountainCarContinuous-v0": dict(
         total_steps=100_000, num_envs=8, num_steps=256, learning_rate=3e-3, gamma=0.999, gae_lambda=0.99,
-        log_std=0.5, eval_every=10_000, eval_episodes=100,
+        log_std=1.0, eval_every=10_000, eval_episodes=100,
     ),
 }  # fmt: skip
 
