@@ -2,7 +2,7 @@
 pictures.
 
     python scripts/diffusion.py                         all that is not there yet, the table and the pictures
-    python scripts/diffusion.py --only line_return ring_none --seeds 1-3
+    python scripts/diffusion.py --only line_return ring_none --seeds 3
     python scripts/diffusion.py --no-run                the table and the pictures of what is there
 
 Every run is a process of its own on one core; the same command goes on where it was stopped.

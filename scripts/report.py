@@ -461,10 +461,11 @@ def table(rows: Sequence[Row], found: Statistics, published: list[dict[str, str]
                 text = f"**{text}**"
                 # the table's own interval, where it is the final evaluation
                 high = float(plot.interval(scores[:, None])[1, 0]) if when else float(mean["high"])
-                where = "inside our interval" if len(scores) > 1 and value <= high else "above our interval"
+                where = f"lies {'inside' if value <= high else 'above'} our interval"
+                where = f"which {where}" if len(scores) > 1 else "one run of ours"
                 runs = "one run" if p["seeds"] == "1" else f"{p['seeds']} seeds"
                 lack = f"{number(ours)} against {number(value)} ({p['source']}, {runs})"
-                short_of.append(f"**{row.agent} on {row.task}**: {when}{lack}, which lies {where}")
+                short_of.append(f"**{row.agent} on {row.task}**: {when}{lack}, {where}")
             cells.append(f"{when}{number(ours)}: {text}" if when else text)
         file = f"[`{row.agent}.py`](zoo/{row.agent}.py)"
         name = "" if row.agent == before and not row.variant else file
@@ -500,7 +501,8 @@ def aggregate_table(found: Statistics) -> list[str]:
             on = f" (on {theirs[0]['x']})" if theirs and theirs[0]["x"] != row["x"] else ""
             cells.append(two(float(theirs[0]["value"])) + on if theirs else "")
         beats = [r for r in found.of("improvement", name) if r["against"].endswith(" as published")]
-        cells.append(estimate(beats[0], 2, two) if beats else "")
+        on = f" (on {beats[0]['x']})" if beats and beats[0]["x"] != row["x"] else ""
+        cells.append(estimate(beats[0], 2, two) + on if beats else "")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -578,7 +580,7 @@ def block(rows: Sequence[Row], found: Statistics, results: Path) -> str:
     shown = [picture for picture in pictures(rows, results) if picture.listed]
     first = next((p for p in shown if p.out.name == f"{TOUR_TASK}.png"), shown[0] if shown else None)
     parts = [
-        "Final deterministic evaluations, over all declared seeds. [95%]: stratified bootstrap intervals.\n",
+        "Final deterministic evaluations, over all recorded seeds. [95%]: stratified bootstrap intervals.\n",
         *table(rows, found, published),
         "",
         f"Published, at the same budget: {legend(published)}. T, Z and C used the v3 tasks. "
@@ -590,8 +592,8 @@ def block(rows: Sequence[Row], found: Statistics, results: Path) -> str:
     if found.of("normalised iqm"):
         parts += [
             "",
-            "Over all tasks, each agent on its own and with its own budgets; 0 are random actions, 1 is PPO "
-            "as published:",
+            "Over all tasks, each agent on its own, with its own budgets and as many of its first seeds as each "
+            "of its tasks has; 0 are random actions, 1 is PPO as published, of several sources the highest:",
             "",
             *aggregate_table(found),
             "",

@@ -109,6 +109,7 @@ PUBLISHED = [
     ("ppo", "A-v0", 2000, 80, 10, "T", "evaluation"),
     ("ppo", "B-v0", 1000, 20, 1, "Z", "evaluation"),
     ("trpo", "A-v0", 1000, 6, 10, "T", "evaluation"),
+    ("sac", "C-v0", 1000, 5, 10, "T", "evaluation"),
 ]
 
 
@@ -179,6 +180,7 @@ def test_the_report_is_written_and_read_again(made, monkeypatch):
     assert line.startswith("| [`ppo.py`](zoo/ppo.py) | A-v0 | 1k | 4 | 9.5 [") and "**10 (T)**" in line
     assert "**ppo on A-v0**: 9.5 against 10 (T, 10 seeds), which lies inside our interval" in text
     assert "**trpo on A-v0**: 4.5 against 6 (T, 10 seeds), which lies above our interval" in text
+    assert "**sac on C-v0**: 1 against 5 (T, 10 seeds), one run of ours" in text  # there is no interval
     assert "`--clip 0.5` | A-v0 | 1k | 4 | 2.5 [" in text
     assert "| sac" not in text.split("Over all tasks")[1]  # no reference for its task
     assert "† made by changed code" in text and "`abc-dirty` †" in text
