@@ -1,5 +1,7 @@
 """The transition contract: what `VectorEnv.step` yields and `ppo.collect` gathers; spaces, faults."""
 
+import functools
+import itertools
 import re
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from zoo.common import vector_env
 from zoo.common.envs import GymnasiumVectorEnv, make_envs
@@ -336,6 +339,67 @@ def test_the_engine_is_chosen_by_the_task():
     ):
         with pytest.raises(UsageError, match=f"engine {engine} does not serve {env_id}"):
             make_envs(env_id, 1, engine)
+
+
+def richer(step, wraps=False):
+    """A step that pays 1000 more."""
+
+    def changed(*given):
+        obs, reward, *rest = step(*given)
+        return obs, reward + 1000.0, *rest
+
+    return functools.wraps(step)(changed) if wraps else changed
+
+
+@pytest.mark.parametrize("stock", ["CartPole-v1", "HalfCheetah-v4"])
+@pytest.mark.parametrize("way", ["a copy", "a copy of gym.make's", "a class", "a class, wrapped"])
+def test_a_stock_task_with_another_step_is_run_with_it(stock, way, monkeypatch):
+    kind, env_id = load_env_creator(gym.spec(stock).entry_point), stock
+
+    def make(**given):
+        env = gym.make(stock) if "gym.make" in way else kind(**given)
+        env.step = richer(env.step)
+        return env
+
+    if way.startswith("a copy"):
+        monkeypatch.setitem(gym.registry, "Mine-v0", EnvSpec("Mine-v0", make, max_episode_steps=100))
+        env_id = "Mine-v0"
+    else:
+        monkeypatch.setattr(kind, "step", richer(kind.step, wraps="wrapped" in way))
+    with make_envs(env_id, 2) as envs:
+        envs.reset([1, 2])
+        action = np.zeros(2, np.int64) if envs.discrete else np.zeros((2, envs.action_dim), np.float32)
+        assert (envs.step(action).reward > 900).all()
+        assert envs.engine == "gymnasium"
+
+
+def test_a_method_exchanged_in_a_parent_or_a_wrapper_is_seen(monkeypatch):
+    from gymnasium.envs.mujoco import MujocoEnv
+    from gymnasium.wrappers import TimeLimit
+
+    single = gym.make("HalfCheetah-v5")
+    for kind, name in ((MujocoEnv, "do_simulation"), (TimeLimit, "step"), (type(single.unwrapped), "step")):
+        assert vector_env.is_plain(single)
+        with monkeypatch.context() as changed:
+            changed.setattr(kind, name, functools.partial(getattr(kind, name)))
+            assert not vector_env.is_plain(single)
+
+
+def test_copies_that_a_function_makes_unlike_each_other_stay_so(monkeypatch):
+    from gymnasium.envs.classic_control import CartPoleEnv
+
+    forces = itertools.cycle([10.0, 20.0])
+
+    def make(**given):
+        env = CartPoleEnv(**given)
+        env.force_mag = next(forces)
+        return env
+
+    monkeypatch.setitem(gym.registry, "Mine-v0", EnvSpec("Mine-v0", make, max_episode_steps=100))
+    with make_envs("Mine-v0", 2) as envs:
+        envs.reset([7, 7])
+        weak, strong = envs.step(np.ones(2, np.int64)).next_obs[:, 1]
+        assert strong > 1.5 * weak > 0
 
 
 def test_leaving_or_closing_closes_every_copy(monkeypatch):

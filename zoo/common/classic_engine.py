@@ -32,7 +32,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.utils import seeding
 
-from zoo.common.vector_env import VectorEnv, class_name, time_limit_of
+from zoo.common.vector_env import VectorEnv, class_name, is_plain, time_limit_of
 
 
 def squared(x: np.ndarray) -> np.ndarray:
@@ -218,7 +218,7 @@ def serves(single: gym.Env) -> bool:
     """Whether the engine steps copies of `single`, from gym.make, exactly as Gymnasium would."""
     env: Any = single.unwrapped
     task = CLASSES.get(class_name(env))
-    if task is None or time_limit_of(single) is None or env.render_mode is not None or np.__version__ < "2":
+    if task is None or not is_plain(single) or env.render_mode is not None or np.__version__ < "2":
         return False  # NumPy 1 gives float32 scalars another type
     return all(getattr(env, name) == value for name, value in task.as_it_is.items())
 
@@ -232,7 +232,7 @@ class ClassicVectorEnv(VectorEnv):
         super().__init__(env_id, num_envs, single, dtype)
         self.env: Any = single.unwrapped
         self.task = CLASSES[class_name(self.env)]
-        self.time_limit: Any = time_limit_of(single)
+        self.time_limit = time_limit_of(single)
         self.state = np.zeros((self.task.size, num_envs))
         self.generators = [np.random.default_rng() for _ in range(num_envs)]
         self.elapsed = np.zeros(num_envs, dtype=np.int64)

@@ -33,7 +33,7 @@ from gymnasium.utils import seeding
 
 from zoo.common.errors import EnvironmentFault
 from zoo.common.mujoco_tasks import CLASSES
-from zoo.common.vector_env import VectorEnv, class_name, time_limit_of
+from zoo.common.vector_env import VectorEnv, class_name, is_plain, time_limit_of
 
 try:
     import mujoco
@@ -46,7 +46,7 @@ def serves(single: gym.Env) -> bool:
     """Whether the engine steps copies of `single`, from gym.make, exactly as Gymnasium would."""
     env: Any = single.unwrapped
     known = Batch is not None and class_name(env) in CLASSES
-    return known and time_limit_of(single) is not None and env.render_mode is None
+    return known and is_plain(single) and env.render_mode is None
 
 
 class MujocoVectorEnv(VectorEnv):
@@ -64,7 +64,7 @@ class MujocoVectorEnv(VectorEnv):
         super().__init__(env_id, num_envs, single, dtype)
         self.env: Any = single.unwrapped
         self.task, self.v5 = CLASSES[class_name(self.env)]
-        self.time_limit: Any = time_limit_of(single)
+        self.time_limit = time_limit_of(single)
         self.with_forces = getattr(self.env, "_use_contact_forces", "cfrc_ext" in self.task.derived)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # A persistent batch keeps every MjData, from which mj_rnePostConstraint computes cfrc_ext

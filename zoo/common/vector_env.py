@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import load_env_creator
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 
 from zoo.common.errors import EnvironmentFault
@@ -170,16 +171,38 @@ def class_name(env: Any) -> str:
     return f"{type(env).__module__}.{type(env).__qualname__}"
 
 
-def time_limit_of(single: Any) -> float | None:
-    """Steps after which gym.make's own wrappers truncate an episode, infinite without a limit.
-
-    None where there are other wrappers, the user's, which may change anything.
-    """
+def time_limit_of(single: Any) -> float:
+    """Steps after which gym.make's own wrappers truncate an episode, infinite without a limit."""
     limit = np.inf
     while single is not single.unwrapped:
         if isinstance(single, TimeLimit):
             limit = min(limit, single._max_episode_steps)
-        if type(single) not in (TimeLimit, OrderEnforcing, PassiveEnvChecker):
-            return None
         single = single.env
     return limit
+
+
+def is_plain(single: Any) -> bool:
+    """Whether an environment from gym.make runs its class's code, and only that.
+
+    Not so with a wrapper other than gym.make's own, where its id is registered with a function, which may
+    change each copy that it makes, and where a method is no longer the one that stands in its class's file.
+    """
+    env, types = single.unwrapped, [type(single.unwrapped)]
+    entry_point = env.spec.entry_point if env.spec is not None else type(env)
+    if isinstance(entry_point, str):
+        entry_point = load_env_creator(entry_point)
+    while single is not env:
+        types.append(type(single))
+        single = single.env
+    wrapped = set(types[1:]) <= {TimeLimit, OrderEnforcing, PassiveEnvChecker}
+    return entry_point is type(env) and wrapped and all(map(_is_as_written, types))
+
+
+def _is_as_written(kind: type) -> bool:
+    """Whether the methods of a class, and of those of Gymnasium it derives from, are those of their files."""
+    for base in kind.__mro__:
+        file = sys.modules[base.__module__].__dict__.get("__file__")
+        for value in vars(base).values() if base.__module__.startswith("gymnasium.") else ():
+            if callable(value) and getattr(getattr(value, "__code__", None), "co_filename", "") != file:
+                return False
+    return True
