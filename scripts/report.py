@@ -593,7 +593,8 @@ def block(rows: Sequence[Row], found: Statistics, results: Path) -> str:
         parts += [
             "",
             "Over all tasks, each agent on its own, with its own budgets and as many of its first seeds as "
-            "each of its tasks has; 0 are random actions, 1 is PPO as published, the highest value of several:",
+            "each of its tasks has; 0 are random actions, 1 is PPO as published, the highest of several "
+            "values:",
             "",
             *aggregate_table(found),
             "",
