@@ -108,7 +108,7 @@ def test_a_policy_that_left_the_bounds_comes_back(agent, coef, tmp_path, monkeyp
     "env, used", [("probe/Short-v0", 0.0), ("probe/ActBox-v0", 1.0), ("probe/Act-v0", 0.0)]
 )
 @pytest.mark.parametrize("agent", AGENTS)
-def test_without_bounds_there_is_none_to_leave(agent, env, used, tmp_path):
+def test_without_bounds_there_is_none_to_leave(agent, env, used, tmp_path, monkeypatch):
     args = agent.Args(env=env, run_dir=str(tmp_path / "run"), **SMALL | {"total_steps": 64, "num_envs": 32})
     if "minibatch_size" in vars(args):
         args.minibatch_size = 32
@@ -116,7 +116,19 @@ def test_without_bounds_there_is_none_to_leave(agent, env, used, tmp_path):
         args.num_steps = 2
     if agent is grpo:
         args.ungrouped = True  # the first task draws its observations as it likes
+    weights = set()
+
+    class Penalty(float):
+        """What stands in for `outside`, and notes the weight it gets."""
+
+        def __rmul__(self, weight):
+            weights.add(weight)
+            return torch.zeros(())
+
+    monkeypatch.setattr(agent, "outside", lambda dist: Penalty())
+    if agent is reinforce:  # which weighs a gradient, and only where there are bounds
+        monkeypatch.setattr(agent, "outside_gradient", lambda *given: Penalty())
     agent.train(args)
-    assert args.bound_coef == used
+    assert (weights or {0.0}) == {used}
     told = json.loads((tmp_path / "run" / "args.json").read_text())
-    assert told["args"]["bound_coef"] == 1  # as it was asked for
+    assert told["args"]["bound_coef"] == args.bound_coef == 1  # as it was asked for

@@ -11,8 +11,10 @@ trusts the critic more or less:
 s_{t+1} is the true successor: a time limit cuts the sums but bootstraps, a termination does not. V's target
 is A_t + V(s_t).
 
-    loss     = -E[ w_t A_t ] + c1 E[(V(s_t) - target)^2] - c2 E[H(pi(.|s_t))]
+    loss     = -E[ w_t A_t ] + c1 E[(V(s_t) - target)^2] - c2 E[H(pi(.|s_t))] + c3 outside(pi)
     w_t      = pi(a_t|s_t) / pi_old(a_t|s_t)
+
+outside(pi) draws the means of a Gaussian back that have left the action bounds in every state.
 
 The gradient of w_t is w_t grad log pi(a_t|s_t): the policy gradient in the first epoch, where w = 1, and with
 --off-policy-epochs K > 1 its importance-weighted form for a batch of an older policy. Nothing but hope keeps
@@ -21,12 +23,11 @@ PPO limit w. The weight corrects the action at s_t only, not how often pi would 
 
     python zoo/actor_critic.py --env HalfCheetah-v4
     python zoo/actor_critic.py --env CartPole-v1 --advantage td
-    python zoo/actor_critic.py --optimizer rmsprop --learning-rate 7e-4 --num-envs 16 --num-steps 5
-        --entropy-coef 0.01
+    python zoo/actor_critic.py --optimizer rmsprop --learning-rate 7e-4 --num-steps 5 --entropy-coef 0.01
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -75,7 +76,7 @@ class Args(RunArgs):
     log_std: float = -0.5  # a Gaussian policy's initial log standard deviation, in half action ranges
     normalize_obs: bool = True  # observations by their running mean and standard deviation
     scale_rewards: bool = True  # rewards by the running standard deviation of the discounted return
-    report_every: int = 2048  # environment steps between reports, which would outweigh an update
+    report_every: int = 2048  # environment steps between reports: one takes longer than an update
 
 
 # What differs by task; a flag wins over it. Everything else runs on the defaults above.
@@ -220,8 +221,8 @@ def gae(
     """Generalised advantage estimates (T, N) (Schulman et al. 2016, arXiv:1506.02438, eq. 16) of (T, N).
 
     next_value[t] is V of the true successor of step t. The recursion is cut at every episode's end; the
-    bootstrap gamma * next_value only at terminations, because a time limit does not make the future
-    worthless.
+    bootstrap gamma * next_value is dropped at terminations only, because a time limit does not make the
+    future worthless.
     """
     delta = reward + gamma * next_value * ~terminated - value
     decay = gamma * lam * ~(terminated | truncated)
@@ -256,10 +257,10 @@ class Transitions(NamedTuple):
 
 
 def outside(dist: Gaussian | Categorical) -> Tensor:
-    """How far means lie outside [-1, 1], squared, () summed over the dimensions where all of a batch's do.
+    """How far means lie outside [-1, 1], squared and summed over those dimensions in which all rows do; ().
 
-    There every sample is clipped to much the same action in every state, so that no reward tells the policy
-    to come back. Where some states are inside, the others may well want their bound, and nothing is added.
+    There nearly every sample is clipped to a bound in every state, so that no reward tells the policy to come
+    back. Where some states are inside, the others may well want their bound, and nothing is added.
     """
     if isinstance(dist, Categorical):
         return dist.logits.new_zeros(())
@@ -413,6 +414,7 @@ def check(args: Args) -> None:
 def train(args: Args) -> float:
     """Run the actor-critic; the mean return of the final evaluation."""
     check(args)
+    args = replace(args)  # the caller's stay as they are
     device = setup(args.device, args.threads)
     envs = make_envs(args.env, args.num_envs, threads=args.env_threads)
     torch.manual_seed(generator_seed(args.seed, "network"))

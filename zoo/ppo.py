@@ -12,7 +12,9 @@ pi_old(a_t|s_t):
                                                                     time limit ended the episode
     A_t     = delta_t + gamma lambda (1 - ended_t) A_{t+1}          ended = terminated or truncated
     V's target R_t = A_t + V(s_t), from the raw advantage, never the normalised one
-    loss    = -L + c1 E[(V(s_t) - R_t)^2] - c2 E[H(pi(.|s_t))]
+    loss    = -L + c1 E[(V(s_t) - R_t)^2] - c2 E[H(pi(.|s_t))] + c3 outside(pi)
+
+outside(pi) draws the means of a Gaussian back that have left the action bounds in every state.
 
 With --recompute-advantages they are estimated anew with the improving critic before each epoch (Andrychowicz
 et al. 2021, arXiv:2006.05990), as most tasks of SETTINGS have it.
@@ -22,7 +24,7 @@ et al. 2021, arXiv:2006.05990), as most tasks of SETTINGS have it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
@@ -73,14 +75,15 @@ class Args(RunArgs):
     value_clip: float | None = None  # keep V within this of its old value in the loss
     value_coef: float = 0.5  # weight of the value loss, c1
     entropy_coef: float = 0.0  # weight of the entropy bonus, c2
-    bound_coef: float = 1.0  # weight of a penalty on means outside the bounds in all states of a batch
+    bound_coef: float = 1.0  # weight of a penalty on means outside the bounds in all states of a minibatch
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
     shared_network: bool = False  # one trunk for policy and value instead of two
     # initial log standard deviation of a Gaussian policy, in units of half the action range
     log_std: float = 0.0
     normalize_obs: bool = True  # observations by their running mean and standard deviation
-    # environment steps after which those stay as they are, lest what a policy has learned move with them
+    # environment steps after which that mean and deviation stay as they are, lest what is learned move with
+    # them
     normalizer_steps: int | None = 10_000
     scale_rewards: bool = True  # rewards by the running standard deviation of the discounted return
 
@@ -213,8 +216,8 @@ def gae(
     """Generalised advantage estimates (T, N) (Schulman et al. 2016, arXiv:1506.02438, eq. 16) of (T, N).
 
     next_value[t] is V of the true successor of step t. The recursion is cut at every episode's end; the
-    bootstrap gamma * next_value only at terminations, because a time limit does not make the future
-    worthless.
+    bootstrap gamma * next_value is dropped at terminations only, because a time limit does not make the
+    future worthless.
     """
     delta = reward + gamma * next_value * ~terminated - value
     decay = gamma * lam * ~(terminated | truncated)
@@ -262,10 +265,10 @@ def value_loss(value: Tensor, old_value: Tensor, return_: Tensor, value_clip: fl
 
 
 def outside(dist: Gaussian | Categorical) -> Tensor:
-    """How far means lie outside [-1, 1], squared, () summed over the dimensions where all of a batch's do.
+    """How far means lie outside [-1, 1], squared and summed over those dimensions in which all rows do; ().
 
-    There every sample is clipped to much the same action in every state, so that no reward tells the policy
-    to come back. Where some states are inside, the others may well want their bound, and nothing is added.
+    There nearly every sample is clipped to a bound in every state, so that no reward tells the policy to come
+    back. Where some states are inside, the others may well want their bound, and nothing is added.
     """
     if isinstance(dist, Categorical):
         return dist.logits.new_zeros(())
@@ -457,6 +460,7 @@ def check(args: Args) -> None:
 def train(args: Args) -> float:
     """Run PPO; the mean return of the final evaluation."""
     check(args)
+    args = replace(args)  # the caller's stay as they are
     device = setup(args.device, args.threads)
     envs = make_envs(args.env, args.num_envs, threads=args.env_threads)
     torch.manual_seed(generator_seed(args.seed, "network"))

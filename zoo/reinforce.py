@@ -28,12 +28,14 @@ used nor counted as steps; the last batch may reach beyond --total-steps.
 An episode cut by a time limit misses its tail. With --baseline value the tail is V(true successor); without a
 V the return is that of the time-limited task.
 
+A Gaussian's means that have left the action bounds in every state are drawn back besides (--bound-coef).
+
     python zoo/reinforce.py --env CartPole-v1
     python zoo/reinforce.py --env HalfCheetah-v4 --baseline mean
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
@@ -67,7 +69,7 @@ class Args(RunArgs):
     gamma: float = 0.99  # discount
     value_learning_rate: float = 1e-3  # Adam's, for V
     value_epochs: int = 10  # passes over a batch to fit V
-    minibatch_size: int = 512  # rows of a step of V's, and of the pieces of the policy's gradient
+    minibatch_size: int = 512  # rows in a step of V's, and in a piece of the policy's gradient
     bound_coef: float = 1.0  # weight of a penalty on means outside the bounds in all states of a batch
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
     shared_network: bool = False  # one trunk for policy and value instead of two
@@ -248,10 +250,10 @@ def policy_gradient(
 
 
 def outside(dist: Gaussian | Categorical) -> Tensor:
-    """How far means lie outside [-1, 1], squared, () summed over the dimensions where all of a batch's do.
+    """How far means lie outside [-1, 1], squared and summed over those dimensions in which all rows do; ().
 
-    There every sample is clipped to much the same action in every state, so that no reward tells the policy
-    to come back. Where some states are inside, the others may well want their bound, and nothing is added.
+    There nearly every sample is clipped to a bound in every state, so that no reward tells the policy to come
+    back. Where some states are inside, the others may well want their bound, and nothing is added.
     """
     if isinstance(dist, Categorical):
         return dist.logits.new_zeros(())
@@ -439,6 +441,7 @@ def check(args: Args) -> None:
 def train(args: Args) -> float:
     """Run REINFORCE; the mean return of the final evaluation."""
     check(args)
+    args = replace(args)  # the caller's stay as they are
     device = setup(args.device, args.threads)
     envs = make_envs(args.env, args.num_envs, threads=args.env_threads)
     torch.manual_seed(generator_seed(args.seed, "network"))

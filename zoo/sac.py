@@ -11,7 +11,7 @@ Q_2) wherever one is asked for.
     critics          J_Q = sum_i E[ 1/2 (Q_i(s_t, a_t) - (r_t + gamma (1 - terminated_t) V(s_{t+1})))^2 ]
     actor            J_pi = E[ alpha log pi(a|s_t) - Q(s_t, a) ]
     temperature      J_alpha = E[ -alpha (log pi(a|s_t) + target entropy) ]     unless --alpha fixes it
-    targets          psi' <- tau psi + (1 - tau) psi'
+    targets          psi' <- tau psi + (1 - tau) psi'       psi' a target's parameters, psi its network's
 
 The second paper's form takes V(s_{t+1}) from the targets of the critics. --value-network is the first
 paper's: V is a network of its own, with J_V = E[ 1/2 (V(s_t) - (Q(s_t, a) - alpha log pi(a|s_t)))^2 ], and
@@ -78,7 +78,8 @@ SETTINGS: dict[str, dict] = {
         total_steps=20_000, num_envs=1, random_steps=500, learning_rate=1e-3, hidden=(64, 64),
         eval_every=5_000, eval_episodes=100,
     ),
-    # at gamma 0.9999 the noise of never reaching the flag is worth 400, the flag 100: the soft optimum stays
+    # at RL Zoo's gamma, 0.9999, never reaching the flag is worth 400 in entropy, the flag 100: the optimum is
+    # to stay away
     "MountainCarContinuous-v0": dict(
         total_steps=50_000, random_hold=50, gamma=0.995, alpha=0.1, batch_size=512, tau=0.01,
         hidden=(64, 64), eval_every=10_000, eval_episodes=100,

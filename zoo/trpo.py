@@ -3,14 +3,15 @@
 Collect T steps of N environments with the current policy pi_old, then take the one step that improves the
 surrogate most within a trust region, measured in the space of policies and not of parameters:
 
-    maximise     L(theta) = E[ pi(a_t|s_t) / pi_old(a_t|s_t) A_t ]
+    maximise     L(theta) = E[ pi(a_t|s_t) / pi_old(a_t|s_t) A_t ] - c outside(pi)
     subject to   E[ KL(pi_old(.|s_t) || pi(.|s_t)) ] <= delta
 
-To first order L is g^T s and to second order the KL is s^T F s / 2, s = theta - theta_old, F the Fisher
-matrix. Hence
+outside(pi) draws the means of a Gaussian back that have left the action bounds in every state. To first order
+L is g^T s and to second order the KL is s^T F s / 2, s = theta - theta_old, F the Fisher matrix: J^T M J, J
+the Jacobian of the distribution's parameters, M the Hessian of the KL in them. Hence
 
-    x = F^-1 g                        the natural gradient, by conjugate gradient: F is never formed, because
-    F v = J^T M J v                   its product with a vector costs little more than a gradient
+    x = F^-1 g                        the natural gradient, by conjugate gradient, to which products F v are
+                                      enough: each costs little more than a gradient, and F is never formed
     s = sqrt(2 delta / (x^T F x)) x   the longest step that the quadratic model allows
     s, 0.8 s, 0.64 s, ...             the first whose true KL is at most delta and whose L is better, or none
 
@@ -24,7 +25,7 @@ single bit.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, NamedTuple
 
@@ -64,7 +65,8 @@ class Args(RunArgs):
     cg_tolerance: float = 1e-5  # it stops at a residual of this times the gradient's norm
     # conjugate gradient solves (F + damping I) x = g, which bounds x where the KL is flat
     damping: float = 0.1
-    # Fisher-vector products on every k-th state of the batch; gradient and line search use all
+    # Fisher-vector products on every k-th row of the batch, where k divides N all of the same environments;
+    # gradient and line search use all
     fvp_subsample: int = 4
     backtrack: float = 0.8  # factor between the steps that the line search tries
     max_backtracks: int = 10  # the shortest of them is backtrack ** max_backtracks of the full one
@@ -216,8 +218,8 @@ def gae(
     """Generalised advantage estimates (T, N) (Schulman et al. 2016, arXiv:1506.02438, eq. 16) of (T, N).
 
     next_value[t] is V of the true successor of step t. The recursion is cut at every episode's end; the
-    bootstrap gamma * next_value only at terminations, because a time limit does not make the future
-    worthless.
+    bootstrap gamma * next_value is dropped at terminations only, because a time limit does not make the
+    future worthless.
     """
     delta = reward + gamma * next_value * ~terminated - value
     decay = gamma * lam * ~(terminated | truncated)
@@ -252,10 +254,10 @@ def kl(old: Gaussian | Categorical, new: Gaussian | Categorical) -> Tensor:
 
 
 def outside(dist: Gaussian | Categorical) -> Tensor:
-    """How far means lie outside [-1, 1], squared, () summed over the dimensions where all of a batch's do.
+    """How far means lie outside [-1, 1], squared and summed over those dimensions in which all rows do; ().
 
-    There every sample is clipped to much the same action in every state, so that no reward tells the policy
-    to come back. Where some states are inside, the others may well want their bound, and nothing is added.
+    There nearly every sample is clipped to a bound in every state, so that no reward tells the policy to come
+    back. Where some states are inside, the others may well want their bound, and nothing is added.
     """
     if isinstance(dist, Categorical):
         return dist.logits.new_zeros(())
@@ -266,7 +268,7 @@ def outside(dist: Gaussian | Categorical) -> Tensor:
 def surrogate(
     forward: Callable, args: Args, params: Tensor, batch: PolicyBatch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L less the penalty on means outside, and at which KL; forward(params, obs) gives distribution and V."""
+    """L less the penalty on means outside, and the KL; forward(params, obs) gives distribution and V."""
     dist = forward(params, batch.obs)[0]
     ratio = (dist.log_prob(batch.action) - batch.old.log_prob(batch.action)).exp()
     return (ratio * batch.advantage).mean() - args.bound_coef * outside(dist), {
@@ -540,6 +542,7 @@ def check(args: Args) -> None:
 def train(args: Args) -> float:
     """Run TRPO; the mean return of the final evaluation."""
     check(args)
+    args = replace(args)  # the caller's stay as they are
     device = setup(args.device, args.threads)
     envs = make_envs(args.env, args.num_envs, threads=args.env_threads)
     torch.manual_seed(generator_seed(args.seed, "network"))

@@ -83,8 +83,9 @@ def scan(step: Callable, carry: Any, rows: Any) -> tuple[Any, Any]:
     stacked.
 
     carry, rows and out are tensors, or tuples and dicts of tensors; a row is one entry of each along its
-    first dimension. Compiled code asks three things of `step` that plain Python does not: a new carry has the
-    shapes and types of the old one, none of its tensors is one that came in, and nothing is changed in place.
+    first dimension. Compiled code asks four things of `step` that plain Python does not: a new carry has the
+    shapes and types of the old one, none of its tensors is one that came in, nothing is changed in place, and
+    a constant tensor of several entries comes from outside and is not made within.
     """
     leaves, structure = tree_flatten(rows)
     if torch.compiler.is_compiling() and len(leaves[0]) > 1:  # a loop of one turn is none, and trips Inductor
@@ -110,8 +111,8 @@ def compile_function(function: Callable, device: torch.device, enabled: bool = T
 class _Compiled:
     """A compiled function that tells when it compiles, and runs eagerly where that fails."""
 
-    warned = False  # once a process
-    told = False  # that it compiles, once a run: a run makes all its functions before it calls one
+    # that it compiles, and that it failed, once a run: a run makes all its functions before it calls one
+    told = warned = False
     seconds = 0.0  # spent in first calls, all compiled functions of the process together
 
     def __init__(self, function: Callable, device: torch.device):
@@ -126,7 +127,7 @@ class _Compiled:
         self.on_gpu = device.type == "cuda"
         self.options = options
         self.call: Callable = self._first_call
-        _Compiled.told = False
+        _Compiled.told = _Compiled.warned = False
 
     def __call__(self, *args: Any) -> Any:
         try:
@@ -172,12 +173,16 @@ def own_code(function: Callable) -> Callable:
     if isinstance(function, partial):
         inner, first, named = own_code(function.func), function.args, function.keywords
 
-        def whole(*rest: Any) -> Any:
-            return inner(*first, *rest, **named)
+        def whole(*rest: Any, **more: Any) -> Any:
+            return inner(*first, *rest, **named | more)
 
         return own_code(whole)
+    if isinstance(function, types.MethodType):
+        return own_code(partial(function.__func__, function.__self__))
     code, defaults = function.__code__.replace(), function.__defaults__
-    return types.FunctionType(code, function.__globals__, function.__name__, defaults, function.__closure__)
+    copy = types.FunctionType(code, function.__globals__, function.__name__, defaults, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def compile_seconds() -> float:

@@ -64,7 +64,8 @@ def observer(skipped: int, clip: float | None = None) -> Callable:
 
 
 def observe_ant(env: Any, v5: bool, sim: SimpleNamespace) -> np.ndarray:
-    """(N, 105), or (N, 27) without contact forces, the default of v4; v5 drops the world's row of them."""
+    """(N, 27) without contact forces, the default of v4; (N, 111) with them, (N, 105) in v5, which drops the
+    world's."""
     parts = [positions(env, sim, 2), sim.qvel]
     if env._include_cfrc_ext_in_observation if v5 else env._use_contact_forces:
         parts.append(

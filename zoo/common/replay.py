@@ -53,7 +53,7 @@ class ReplayBuffer:
             MemoryError,
             ValueError,
             RuntimeError,
-        ) as error:  # NumPy's, NumPy's of more than an address, CUDA's
+        ) as error:  # of NumPy, of a size no address has, of CUDA
             raise UsageError(
                 f"--buffer-size: {slots * num_envs} transitions do not fit into {device}'s memory"
             ) from error
