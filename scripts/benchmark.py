@@ -32,8 +32,10 @@ import dataclasses
 import fcntl
 import importlib.util
 import io
+import itertools
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -51,15 +53,22 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 import zoo
 from zoo.common.args import RunArgs, lookup_in, require
-from zoo.common.cli import parse
-from zoo.common.envs import make_single
+from zoo.common.cli import parse, script_args
+from zoo.common.device import setup
+from zoo.common.envs import make_envs, make_single
 from zoo.common.errors import RunFault, UsageError
-from zoo.common.files import load_checkpoint, lock_folder, save_checkpoint, write_atomically, writing
+from zoo.common.files import (
+    load_checkpoint,
+    lock_folder,
+    make_folder,
+    save_checkpoint,
+    write_atomically,
+    writing,
+)
 
 
 class Entry(NamedTuple):
@@ -153,10 +162,10 @@ class Args:
     """agents: names of the files in --agents"""
     env: tuple[str, ...] = ()
     """ids of Gymnasium environments"""
-    seeds: str = "1-5"
-    """seeds, such as 1-10 or 1,3,7-9"""
+    seeds: str | None = None
+    """seeds, such as 1-10 or 1,3,7-9 (default: those of --suite, else 1-5)"""
     suite: tuple[str, ...] = ()
-    """lists of runs named in this script, in place of --agent, --env and --seeds"""
+    """lists of runs named in this script, in place of --agent and --env"""
     total_steps: int | None = None
     """environment steps of each run (default: the agent's own setting for the task)"""
     args: str = ""
@@ -219,12 +228,14 @@ def parse_seeds(text: str) -> list[int]:
         assert match is not None
         first, last = int(match[1]), int(match[2] or match[1])
         require(first <= last, f"--seeds {text}: {first}-{last} is empty; the smaller seed comes first")
+        require(last < 2**31, f"--seeds {text}: a seed must be less than 2**31")
         seeds += range(first, last + 1)
     return sorted(set(seeds))
 
 
 def entries(args: Args) -> list[Entry]:
-    """The declared or the given list. Raises UsageError."""
+    """The declared or the given list, each thing once. Raises UsageError."""
+    seeds = None if args.seeds is None else parse_seeds(args.seeds)
     if args.suite:
         require(
             not (args.agent or args.env),
@@ -232,9 +243,30 @@ def entries(args: Args) -> list[Entry]:
         )
         for name in args.suite:
             require(name in SUITES, f"--suite {name}: no such suite; there are {', '.join(SUITES)}")
-        return [entry for name in args.suite for entry in SUITES[name]]
+        declared = [entry for name in dict.fromkeys(args.suite) for entry in SUITES[name]]
+        return [entry._replace(seeds=seeds or entry.seeds) for entry in declared]
     require(bool(args.agent and args.env), "give --agent and --env, or --suite, or --report")
-    return [Entry(agent, env, parse_seeds(args.seeds)) for agent in args.agent for env in args.env]
+    pairs = itertools.product(dict.fromkeys(args.agent), dict.fromkeys(args.env))
+    return [Entry(agent, env, seeds or FIVE) for agent, env in pairs]
+
+
+def given_fields(words: Sequence[str]) -> set[str]:
+    """The fields of an agent's Args that these words of a command line set."""
+    flags = [word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]
+    return {flag.removeprefix("no_") for flag in flags}
+
+
+def run_words(args: str, flag: str = "--args") -> list[str]:
+    """The words of --args. Raises UsageError where they are none, or name the run, which the script does."""
+    try:
+        words = shlex.split(args)
+    except ValueError as error:
+        raise UsageError(f"{flag} {args}: {error}") from error
+    require(
+        not given_fields(words) & {"env", "seed", "run_dir", "resume"},
+        f"{flag} {args}: the environment, the seed and the folder of a run are given by this script",
+    )
+    return words
 
 
 @cache
@@ -257,15 +289,17 @@ def load_agent(script: Path) -> ModuleType:
 def plan(args: Args) -> list[Job]:
     """All runs, their arguments checked as the agents themselves will check them. Raises UsageError."""
     require(args.jobs >= 1, f"--jobs must be at least 1, not {args.jobs}")
-    try:
-        common = shlex.split(args.args)
-    except ValueError as error:
-        raise UsageError(f"--args {args.args}: {error}") from error
-    jobs = []
+    require(args.ray != "", "--ray is empty; the address of a cluster is meant, or auto")
+    common, jobs = run_words(args.args), list[Job]()
     for entry in entries(args):
         script = (args.agents or Path(zoo.__file__).parent) / f"{entry.agent}.py"
         module = load_agent(script)
-        make_single(entry.env).close()
+        if args.agents:  # one's own may take other spaces
+            make_single(entry.env).close()
+        else:
+            with make_envs(entry.env, 1, "gymnasium") as envs:
+                if hasattr(module, "check_actions"):
+                    module.check_actions(envs)
         extra = ONE_CORE + shlex.split(entry.args) + common
         if args.total_steps is not None:
             extra += ["--total-steps", str(args.total_steps)]
@@ -273,13 +307,10 @@ def plan(args: Args) -> list[Job]:
         parsed: RunArgs = parse(module.Args, lookup_in(module.Args), given)
         expected = json.loads(json.dumps(dataclasses.asdict(parsed)))  # tuples become lists, as in args.json
         defaults = json.loads(json.dumps(dataclasses.asdict(module.Args())))
-        own = (expected["env"], expected["seed"], expected.get("run_dir"), expected.get("resume"))
-        require(
-            own == (entry.env, entry.seeds[0], None, None),
-            f"--args {args.args}: the environment, the seed and the folder of a run are given by this script",
-        )
         if hasattr(module, "check"):
             module.check(parsed)
+        if parsed.device == "cuda" and args.ray is None:  # the nodes of a cluster are other machines
+            setup("cuda")
         task = Path(entry.agent) / re.sub(r"[^\w.-]+", "_", entry.env)
         for seed in entry.seeds:
             job_expected = expected | {"seed": seed}
@@ -320,8 +351,10 @@ def read_seeds(folder: Path) -> dict[int, dict[str, Any]]:
         for seed, entry in seeds.items():
             if missing := {"mean", "steps", "sps", *SHARED} - entry.keys():
                 raise KeyError(f"seed {seed} lacks {', '.join(sorted(missing))}")
+            if not math.isfinite(entry["mean"]):
+                raise ValueError(f"the mean of seed {seed} is {entry['mean']}")
         return seeds
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"--results: {path} is no meta.json of this script ({error})") from error
 
 
@@ -386,9 +419,19 @@ def kept_args(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_run(folder: Path) -> tuple[list[dict[str, str]], dict[str, Any]]:
-    """The rows of a run's progress.csv, and its args.json. Raises OSError, ValueError."""
+    """The rows of a finished run's progress.csv, and its args.json. Raises OSError, ValueError, KeyError,
+    IndexError, TypeError where it is not finished.
+
+    An agent.pt and an evaluation in the last row are not enough: a finished run that goes on with more steps
+    has the one from before, and may be killed at the other. All agents that play in environments make their
+    last step at --total-steps or beyond; those whose last batch ends before it have no returns to be kept.
+    """
     with open(folder / "progress.csv", newline="") as file:
-        return list(csv.DictReader(file)), json.loads((folder / "args.json").read_text())
+        rows, made = list(csv.DictReader(file)), json.loads((folder / "args.json").read_text())
+    step, wanted = int(rows[-1]["step"]), int(made["args"]["total_steps"])
+    if step < wanted or not rows[-1]["eval_return"]:
+        raise ValueError(f"it stopped at step {step} of {wanted}, or before its last evaluation")
+    return rows, made
 
 
 def median_seed(seeds: dict[int, dict[str, Any]]) -> int:
@@ -423,6 +466,24 @@ def keep_agent(folder: Path, runs: Path, seeds: dict[int, dict[str, Any]]) -> in
     return None
 
 
+@contextlib.contextmanager
+def holding(job: Job) -> Iterator[None]:
+    """Hold the folder of all results, waiting for another benchmark that does: one with other --runs would
+    write meta.json without this one's seed. Raises RunFault."""
+    with writing(job.results):
+        job.results.mkdir(parents=True, exist_ok=True)
+        with locked(job.results.parents[1]):
+            yield
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, as soon as nobody else does. Raises OSError."""
+    with open(folder / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def record(job: Job, side_by_side: int) -> dict[str, Any]:
     """Take a finished run into the results: the curve first, then the median seed's agent, then meta.json,
     which makes it count. The seed's entry.
@@ -453,8 +514,7 @@ def record(job: Job, side_by_side: int) -> dict[str, Any]:
     writer = csv.DictWriter(text, list(last), lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: rounded(name, cell) for name, cell in row.items()} for row in thin(rows))
-    with writing(job.results):
-        job.results.mkdir(parents=True, exist_ok=True)
+    with holding(job):
         write_atomically(
             job.results / f"seed_{job.seed}.csv", lambda file: file.write(text.getvalue().encode())
         )
@@ -474,9 +534,9 @@ def keep_agents(jobs: list[Job]) -> None:
     """Bring every task's agent.pt up to date, also of seeds recorded before; tell where there is none. Raises
     RunFault."""
     for job in {job.results: job for job in jobs}.values():
-        if not (seeds := read_seeds(job.results)):
-            continue
-        with writing(job.results):
+        with holding(job):
+            if not (seeds := read_seeds(job.results)):
+                continue
             kept = keep_agent(job.results, job.folder.parent, seeds)
             write_meta(job.results, job.agent, job.env, seeds, kept)
         if kept is None:
@@ -497,10 +557,8 @@ def is_recorded(job: Job) -> bool:
 def is_finished(job: Job) -> bool:
     """Whether the run's folder holds this very run, made to its end."""
     with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError):
-        rows, made = read_run(job.folder)
-        # the evaluation of the trained agent is the last that a run does
-        trained = (job.folder / "agent.pt").exists() and bool(rows[-1]["eval_return"])
-        return trained and not differences(made["args"], job)
+        _, made = read_run(job.folder)
+        return (job.folder / "agent.pt").exists() and not differences(made["args"], job)
     return False
 
 
@@ -822,9 +880,10 @@ def benchmark(args: Args, command: str) -> int:
     with contextlib.ExitStack() as stack:
         # a second benchmark of the same runs has to wait
         for folder in dict.fromkeys(job.folder.parent for job in jobs):
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(lock_folder(folder, "--runs"))
+            make_folder(folder, "--runs")
+            stack.enter_context(lock_folder(folder, "--runs"))
+        for folder in dict.fromkeys(job.results for job in jobs):
+            make_folder(folder, "--results")
         if not args.force:
             refuse_mixing(jobs)
         todo = []
@@ -857,13 +916,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         at = given.index("--args")
         given[at : at + 2] = [f"--args={given[at + 1]}"]
     try:
-        return benchmark(tyro.cli(Args, args=given, description=__doc__), command)
+        return benchmark(script_args(Args, __doc__, given), command)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RunFault as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before the first run is started, or after the last has ended
+        print(f"interrupted; to go on: {command}", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

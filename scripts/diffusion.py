@@ -2,35 +2,42 @@
 pictures.
 
     python scripts/diffusion.py                         all that is not there yet, the table and the pictures
-    python scripts/diffusion.py --only line_return ring_none --seeds 3
+    python scripts/diffusion.py --only line_return ring_none --seeds 3      seeds 1 to 3 of two of them
     python scripts/diffusion.py --no-run                the table and the pictures of what is there
 
 Every run is a process of its own on one core; the same command goes on where it was stopped.
 
-    RUNS/NAME/seed_N/            the run's folder
+    RUNS/NAME/seed_N/            the run's folder, and beside it what it said, seed_N.log
     RESULTS/NAME/seed_N.csv      its evaluations
     RESULTS/table.csv            the last evaluations, mean and standard deviation over seeds
-    RESULTS/NAME/experiment.json       command, versions, commit, machine
+    RESULTS/NAME/experiment.json       command, versions, machine, and the commit of each seed
 
 Needs the extra `plots`, and `digits` for the digits.
 """
 
+import contextlib
 import csv
+import io
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
+from benchmark import POLL, last_line, stop_signals
 from diffusion_plots import draw
 
-from zoo.common.errors import UsageError
+from zoo.common.args import require
+from zoo.common.errors import RunFault, UsageError
+from zoo.common.files import lock_folder, make_folder, write_atomically, writing
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -114,44 +121,125 @@ def command(name: str, seed: int, folder: Path) -> list[str]:
     return [*script, *shlex.split(experiment.args), "--seed", str(seed), "--run-dir", str(folder)]
 
 
-def run(name: str, seed: int, args: Args) -> str:
-    """Make one run, unless it is there, and keep its evaluations; what there is to tell of it."""
-    folder, kept = args.runs / name / f"seed_{seed}", args.results / name / f"seed_{seed}.csv"
-    if kept.exists():
-        return ""
+def start(name: str, seed: int, folder: Path) -> subprocess.Popen:
+    """Start one run, its output going to a log beside its folder."""
     path = os.pathsep.join((str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])))
     environment = {**os.environ, "PYTHONPATH": path}  # this checkout's zoo, whatever is installed
-    line = command(name, seed, folder.absolute())
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=environment)
-    if done.returncode:
-        return f"error: {name} seed {seed}: {done.stderr.strip().splitlines()[-1]}"
-    with open(folder / "progress.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if any(row[c] for c in row if c.startswith("eval_"))]
-    columns = [column for column in rows[0] if any(row[column] for row in rows)]
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with open(kept, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    described = json.loads((folder / "args.json").read_text())
-    shared = {key: described[key] for key in ("versions", "commit", "machine")}
-    (kept.parent / "experiment.json").write_text(
-        json.dumps(
-            {"command": f"zoo/{EXPERIMENTS[name].agent}.py {EXPERIMENTS[name].args}", **shared}, indent=2
-        )
-        + "\n"
-    )
-    return f"{name} seed {seed}: {done.stdout.strip().splitlines()[-1]}"
+    with open(log_of(folder), "w") as log:
+        # A session of its own: Ctrl-C on the terminal would reach the run too, and a second signal skips its
+        # checkpoint.
+        return subprocess.Popen(
+            command(name, seed, folder.absolute()), stdin=subprocess.DEVNULL, stdout=log,
+            stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True,
+        )  # fmt: skip
+
+
+def log_of(folder: Path) -> Path:
+    """What the run in a folder said."""
+    return folder.with_name(folder.name + ".log")
+
+
+def outcome(log: Path) -> str:
+    """What a run said of its end."""
+    lines = log.read_text(errors="replace").splitlines()
+    told = [line for line in lines if line.startswith(("final evaluation", "error: "))]
+    return told[-1] if told else last_line(log)
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    """These columns of the rows, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def commits_of(results: Path) -> dict[str, str | None]:
+    """By which commit each seed of an experiment was made. Raises OSError, ValueError, KeyError."""
+    path = results / "experiment.json"
+    if not path.exists():
+        return {}
+    made = json.loads(path.read_text())
+    seeds = [kept.stem.removeprefix("seed_") for kept in sorted(results.glob("seed_*.csv"))]
+    return made["commits"] if "commits" in made else dict.fromkeys(seeds, made["commit"])
+
+
+def record(name: str, seed: int, folder: Path, results: Path) -> None:
+    """Take a finished run into the results: how it was made, then its evaluations, which make it count.
+
+    Raises RunFault.
+    """
+    try:
+        with open(folder / "progress.csv", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if any(row[c] for c in row if c.startswith("eval_"))]
+        columns = [column for column in rows[0] if any(row[column] for row in rows)]
+        made = json.loads((folder / "args.json").read_text())
+        experiment = {
+            "command": f"zoo/{EXPERIMENTS[name].agent}.py {EXPERIMENTS[name].args}",
+            "versions": made["versions"],
+            "commits": commits_of(results) | {str(seed): made["commit"]},
+            "machine": made["machine"],
+        }
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        what = f"{folder} is not the folder of a finished run, or {results} not that of its results"
+        raise RunFault(f"{what} ({type(error).__name__}: {error})") from error
+    text = json.dumps(experiment, indent=2) + "\n"
+    with writing(results):
+        results.mkdir(parents=True, exist_ok=True)
+        write_atomically(results / "experiment.json", lambda file: file.write(text.encode()))
+        write(results / f"seed_{seed}.csv", rows, columns)
+
+
+def run_all(jobs: list[tuple[str, int]], args: Args) -> tuple[bool, int]:
+    """Make the runs, so many at a time, and keep their evaluations; whether one failed, and a stop signal or
+    0. Raises RunFault."""
+    queue, running, failed, told = list(jobs), dict[subprocess.Popen, tuple[str, int]](), False, 0
+    with stop_signals() as signals, writing(args.runs):
+        try:
+            while queue or running:
+                if len(signals) > told:
+                    # the first lets the runs reach a checkpoint, the second ends them at once, the third
+                    # kills
+                    told = len(signals)
+                    queue.clear()
+                    for process in running:
+                        process.send_signal(signal.SIGINT if told <= 2 else signal.SIGKILL)
+                while queue and len(running) < args.jobs:
+                    name, seed = queue.pop(0)
+                    running[start(name, seed, args.runs / name / f"seed_{seed}")] = name, seed
+                for process in [process for process in running if process.poll() is not None]:
+                    name, seed = running.pop(process)
+                    folder, status = args.runs / name / f"seed_{seed}", process.returncode
+                    log = log_of(folder)
+                    try:
+                        if status == 0:
+                            record(name, seed, folder, args.results / name)
+                            print(f"{name} seed {seed}: {outcome(log)}", flush=True)
+                        elif not signals:
+                            raise RunFault(f"exit status {status}: {outcome(log)} (log: {log})")
+                    except RunFault as error:
+                        failed = True
+                        print(f"error: {name} seed {seed}: {error}", file=sys.stderr, flush=True)
+                time.sleep(POLL)
+        finally:
+            for process in running:  # only after an error of this script's own
+                process.send_signal(signal.SIGINT)
+    return failed, signals[0] if signals else 0
 
 
 def load(name: str, results: Path) -> list[list[dict[str, float]]]:
-    """An experiment's curves: for each seed its evaluations, in order."""
+    """An experiment's curves: for each seed its evaluations, in order. Raises UsageError."""
     curves = []
     for path in sorted((results / name).glob("seed_*.csv")):
-        with open(path, newline="") as file:
-            curves.append(
-                [{key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(file)]
-            )
+        try:
+            text = path.read_text()
+            rows = list(csv.DictReader(text.splitlines()))
+            whole = rows and text.endswith("\n") and not any(None in (*row, *row.values()) for row in rows)
+            require(bool(whole), f"--results: {path} is cut short; once it is deleted the run is kept again")
+            curves.append([{key: float(cell) for key, cell in row.items() if cell} for row in rows])
+        except (OSError, ValueError, csv.Error) as error:
+            raise UsageError(f"--results: {path} is no table of numbers: {error}") from error
     return curves
 
 
@@ -173,41 +261,49 @@ def write_table(results: Path) -> None:
                     row[short] = f"{values.mean():.4g}"
                     row[f"{short}_std"] = f"{values.std(ddof=1):.2g}" if len(values) > 1 else ""
             rows.append(row)
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with open(results / "table.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write(results / "table.csv", rows, list(dict.fromkeys(column for row in rows for column in row)))
 
 
-def main() -> int:
-    """Run, tabulate and draw; the exit status: 1 when a run failed, 2 for bad input."""
-    args, failed = tyro.cli(Args, description=__doc__), False
-    try:
-        if unknown := [name for name in args.only if name not in EXPERIMENTS]:
-            raise UsageError(f"--only {unknown[0]}: no such experiment; there are {', '.join(EXPERIMENTS)}")
-        names = args.only or tuple(EXPERIMENTS)
-        if args.run:
-            with ThreadPoolExecutor(args.jobs) as pool:
-                jobs = [
-                    (name, seed)
-                    for name in names
-                    for seed in range(1, (args.seeds or EXPERIMENTS[name].seeds) + 1)
-                ]
-                for told in pool.map(lambda job: run(job[0], job[1], args), jobs):
-                    if told:
-                        failed |= told.startswith("error")
-                        print(told, flush=True)
-        args.results.mkdir(parents=True, exist_ok=True)
+def diffusion(args: Args) -> int:
+    """Run, tabulate and draw; the exit status. Raises UsageError, RunFault."""
+    if unknown := [name for name in args.only if name not in EXPERIMENTS]:
+        raise UsageError(f"--only {unknown[0]}: no such experiment; there are {', '.join(EXPERIMENTS)}")
+    require(args.jobs >= 1, f"--jobs must be at least 1, not {args.jobs}")
+    require(args.seeds is None or args.seeds >= 1, f"--seeds must be at least 1, not {args.seeds}")
+    make_folder(args.results, "--results")
+    names, failed, stopped = dict.fromkeys(args.only or EXPERIMENTS), False, 0
+    jobs = [(name, seed) for name in names for seed in range(1, (args.seeds or EXPERIMENTS[name].seeds) + 1)]
+    jobs = [(name, seed) for name, seed in jobs if not (args.results / name / f"seed_{seed}.csv").exists()]
+    for name in EXPERIMENTS:
+        load(name, args.results)  # what is damaged is told before any work
+    if args.run:
+        with contextlib.ExitStack() as stack:
+            for folder in dict.fromkeys(args.runs / name for name, _ in jobs):
+                make_folder(folder, "--runs")
+                stack.enter_context(lock_folder(folder, "--runs"))
+            failed, stopped = run_all(jobs, args)
+    if stopped:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 128 + stopped
+    with writing(args.results):
         write_table(args.results)
         if args.plot:
             curves = {name: found for name in EXPERIMENTS if (found := load(name, args.results))}
             for told in draw(curves, args.runs, args.results):
                 print(told)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return int(failed)
+
+
+def main() -> int:
+    """Do what the arguments say, or tell in one line what is wrong; the exit status: 1 when a run failed."""
+    try:
+        return diffusion(tyro.cli(Args, description=__doc__))
+    except (UsageError, RunFault) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -93,13 +93,27 @@ def draw_density(runs: Path, names: dict[str, str], out: Path) -> None:
     pyplot.close(figure)
 
 
+RING = {
+    "ring_return/seed_1": "KL in the return",
+    "ring_none/seed_1": "no KL, seed 1",
+    "ring_none/seed_2": "no KL, seed 2",
+}
+
+
+def at_mode(target: mixtures.Mixture, points: Tensor, chance: Tensor, mode: int) -> float:
+    """The share of `chance` (N,) at a mode: within half the distance to the next one."""
+    apart = torch.pdist(target.mean[0]).min()
+    near = (points - target.mean[0, mode].to(points)).norm(dim=-1) < apart / 2
+    return chance[near].sum().item()
+
+
 def draw_ring(runs: Path, out: Path) -> None:
-    """x_0 on the ring: the reference, the tilt, with and without the KL (seed 1)."""
+    """x_0 on the ring: the reference, the tilt, with the KL, and two seeds without it."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 4, figsize=(12, 3.9), layout="constrained", sharey=True)
-    for i, (name, title) in enumerate((("ring_return", "KL in the return"), ("ring_none", "no KL"))):
-        agent = load_agent(runs / name / "seed_1")
+    figure, axes = pyplot.subplots(1, 2 + len(RING), figsize=(15, 3.9), layout="constrained", sharey=True)
+    for i, (run, title) in enumerate(RING.items()):
+        agent = load_agent(runs / run)
         exact = agent.exact()
         exact(agent.acting)
         assert exact.truth is not None
@@ -112,9 +126,9 @@ def draw_ring(runs: Path, out: Path) -> None:
             ]
         for panel, chance, text in shown:
             size, edge = len(exact.grid.axis), agent.target.half_width
-            masses = agent.target.masses(exact.grid.points, chance)
+            right, left = (at_mode(agent.target, exact.grid.points, chance, mode) for mode in (0, 4))
             panel.imshow(chance.view(size, size).T, origin="lower", extent=(-edge, edge, -edge, edge))
-            panel.set(title=f"{text}\nright mode {masses[0]:.2f}, left {masses[4]:.2f}")
+            panel.set(title=f"{text}\nright mode {right:.2f}, left {left:.2f}")
     figure.savefig(out, dpi=120)
     pyplot.close(figure)
 
@@ -263,14 +277,15 @@ def draw(curves: Curves, runs: Path, results: Path) -> list[str]:
     import matplotlib
 
     matplotlib.use("Agg")
-    there = {name for name in curves if (runs / name / "seed_1" / "agent.pt").exists()}
-    lines = {name: label for name, label in LINE.items() if name in there}
+    ended = [f"{name}/seed_{seed}" for name in curves for seed in (1, 2)]
+    there = {run for run in ended if (runs / run / "agent.pt").exists()}
+    lines = {name: label for name, label in LINE.items() if f"{name}/seed_1" in there}
     missing = []
     if lines:
         draw_density(runs, lines, results / "density.png")
     for out, names, function in (
-        ("ring.png", {"ring_return", "ring_none"}, draw_ring),
-        ("digits.png", {"digits_return", "digits_none"}, draw_digits),
+        ("ring.png", RING.keys(), draw_ring),
+        ("digits.png", {"digits_return/seed_1", "digits_none/seed_1"}, draw_digits),
     ):
         if names <= there:
             function(runs, results / out)
@@ -278,7 +293,7 @@ def draw(curves: Curves, runs: Path, results: Path) -> list[str]:
             missing.append(f"{out} needs {', '.join(sorted(names - there))}")
     if curves.keys() & CURVES.keys():
         draw_curves(curves, results / "line.png")
-    if "line_return" in there and {"line_return_1", "line_loss_1"} <= curves.keys():
+    if "line_return/seed_1" in there and {"line_return_1", "line_loss_1"} <= curves.keys():
         draw_frontier(curves, runs, results / "frontier.png")
     if curves.keys() >= KEEPS.keys():
         draw_keeps(curves, results / "keeps.png")

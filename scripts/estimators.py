@@ -2,8 +2,8 @@
 midway and late.
 
     python scripts/estimators.py             CartPole-v1 and HalfCheetah-v4, tables and plots in results/
-    python scripts/estimators.py --env Hopper-v4 --stages 50000 500000
-    python scripts/estimators.py --checkpoints runs/MY_RUN/checkpoint.pt
+    python scripts/estimators.py --env Hopper-v4 --stages 50000 500000 --results runs/estimators/hopper
+    python scripts/estimators.py --checkpoints runs/MY_RUN/checkpoint.pt --results runs/MY_RUN/estimators
     python scripts/estimators.py --plots     draw again from the tables
 
 One run of PPO is trained for each task and its policy kept at each stage. With a policy held fixed, whole
@@ -47,7 +47,14 @@ from zoo.common.cli import require
 from zoo.common.device import flatten
 from zoo.common.envs import make_envs
 from zoo.common.errors import RunFault, UsageError
-from zoo.common.files import load_checkpoint, save_checkpoint, write_atomically, writing
+from zoo.common.files import (
+    load_checkpoint,
+    lock_folder,
+    make_folder,
+    save_checkpoint,
+    write_atomically,
+    writing,
+)
 from zoo.common.kl import ESTIMATORS, in_reward
 from zoo.common.normalize import normalizer, return_scale
 from zoo.common.optim import adam, new_adam
@@ -82,7 +89,7 @@ class Args:
     runs: Path = Path("runs/estimators")
     """where the training runs and what is finished lie"""
     results: Path = Path(__file__).parents[1] / "results" / "estimators"
-    """where tables and plots go"""
+    """where tables and plots go; the tables of other tasks are not replaced"""
     plots: bool = False
     """measure nothing, draw the plots from the tables in --results"""
 
@@ -91,7 +98,10 @@ class Args:
 
 
 def train(env_id: str, stages: Sequence[int], folder: Path, args: Args) -> list[Path]:
-    """One run of PPO, its state kept at the given steps; the files. Goes on with a run that was cut short."""
+    """One run of PPO, its state kept at the given steps; the files. Goes on with a run that was cut short.
+
+    Raises UsageError where another process makes it.
+    """
     kept = [folder / f"step_{stage}" / "checkpoint.pt" for stage in stages]
     if all(path.is_file() for path in kept):
         return kept
@@ -112,18 +122,20 @@ def train(env_id: str, stages: Sequence[int], folder: Path, args: Args) -> list[
     config.total_steps = -(-max(stages) // batch) * batch
     run = folder / "run"
     missing = [stage for stage, path in zip(stages, kept, strict=True) if not path.is_file()]
-    if (run / "checkpoint.pt").is_file():
-        saved = load_checkpoint(run / "checkpoint.pt", "--runs", "ppo", env_id)
-        fits = saved["args"]["total_steps"] == config.total_steps and saved["step"] < min(missing)
-        config = replace(config, resume=str(run)) if fits else config
-    if config.resume is None:
-        shutil.rmtree(run, ignore_errors=True)
-        config.run_dir = str(run)
-    original, ppo.Run = ppo.Run, KeepingRun  # type: ignore[misc]
-    try:
-        ppo.train(config)
-    finally:
-        ppo.Run = original  # type: ignore[misc]
+    make_folder(folder, "--runs")
+    with lock_folder(folder, "--runs"):
+        if (run / "checkpoint.pt").is_file():
+            saved = load_checkpoint(run / "checkpoint.pt", "--runs", "ppo", env_id)
+            fits = saved["args"]["total_steps"] == config.total_steps and saved["step"] < min(missing)
+            config = replace(config, resume=str(run)) if fits else config
+        if config.resume is None:
+            shutil.rmtree(run, ignore_errors=True)
+            config.run_dir = str(run)
+        original, ppo.Run = ppo.Run, KeepingRun  # type: ignore[misc]
+        try:
+            ppo.train(config)
+        finally:
+            ppo.Run = original  # type: ignore[misc]
     return kept
 
 
@@ -539,18 +551,27 @@ def spread_within(value: Tensor, unit: float) -> tuple[float, float]:
 
 
 def write_table(path: Path, rows: Sequence[dict]) -> None:
-    """A CSV of COLUMNS, atomically."""
+    """A CSV of COLUMNS, atomically. Raises RunFault."""
     text = io.StringIO()
     csv.DictWriter(text, COLUMNS, lineterminator="\n").writerows(
         [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    with writing(path.parent):
+        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    """The rows of such a table, at least one. Raises UsageError."""
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            _ = [row[name] for name in COLUMNS], int(row["stage"])
+            _ = [float(row[name]) for name in ("x", "value", "error")]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UsageError(f"{path}: is no table of this script ({type(error).__name__}: {error})") from error
+    require(bool(rows), f"{path}: holds no measurements")
+    return rows
 
 
 def measure(checkpoint: Path, path: Path, args: Args) -> list[dict[str, str]]:
@@ -800,28 +821,38 @@ def run(args: Args) -> None:
                 file.is_file(),
                 f"--results {args.results}: holds no {file.name}; measure first, without --plots",
             )
-        rows = [row for file in files.values() for row in read_table(file)]
+        tables = {name: read_table(file) for name, file in files.items()}
     else:
         rows = measure_all(args)
-    with writing(args.results):
-        for name in FIGURES:
-            own = [row for row in rows if row["question"] == name]
+        tables = {name: [row for row in rows if row["question"] == name] for name in FIGURES}
+        for name, own in tables.items():
             write_table(args.results / f"{name}.csv", own)
+    with writing(args.results):
+        for name, own in tables.items():
             draw(name, own, args.results / f"{name}.png")
 
 
 def measure_all(args: Args) -> list[dict[str, str]]:
     """The rows of all policies asked for; those of finished ones are read again."""
     settings = f"{args.seed}_{args.budget}"
-    for checkpoint in args.checkpoints:
-        require(checkpoint.is_file(), f"--checkpoints {checkpoint}: no such file")
-        load_checkpoint(checkpoint, "--checkpoints", "ppo")
+    chosen, envs = list[tuple[Path, Path]](), set(args.env)
     if args.checkpoints:
-        chosen = [(path, path.parent / f"estimators_{settings}.csv") for path in args.checkpoints]
+        envs = set()
+        for path in args.checkpoints:
+            require(path.is_file(), f"--checkpoints {path}: no such file")
+            content = load_checkpoint(path, "--checkpoints", "ppo")
+            name = f"estimators_{path.stem}_{content.get('step')}_{settings}.csv"
+            chosen.append((path, path.parent / name))
+            envs.add(content["env"])
     else:
-        chosen = []
         for env_id in args.env:
             make_envs(env_id, 1).close()  # an unknown task is told before any work
+    there = [path for name in FIGURES if (path := args.results / f"{name}.csv").is_file()]
+    others = {row["env"] for path in there for row in read_table(path)} - envs
+    held = f"--results {args.results}: holds the tables of {', '.join(sorted(others))}"
+    require(not others, f"{held}, which this would replace; name another folder")
+    make_folder(args.results, "--results")
+    if not args.checkpoints:
         for env_id in args.env:
             stages = args.stages or STAGES.get(env_id, STAGES["HalfCheetah-v4"])
             folder = args.runs / f"{re.sub('[^A-Za-z0-9_.-]+', '_', env_id)}_{args.seed}_{max(stages)}"
@@ -830,7 +861,6 @@ def measure_all(args: Args) -> list[dict[str, str]]:
             chosen += [(path, path.parent / f"rows_{settings}.csv") for path in paths]
     rows = [row for path, table in chosen for row in measure(path, table, args)]
     with writing(args.results):
-        args.results.mkdir(parents=True, exist_ok=True)
         trusted = {
             f"{r['env']} at {r['stage']}": float(r["value"]) for r in rows if r["question"] == "reference"
         }

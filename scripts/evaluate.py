@@ -10,13 +10,13 @@ Loading agent.pt executes no code; only agents of the zoo itself are played.
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 import zoo
 from zoo.common.args import require
+from zoo.common.cli import script_args
 from zoo.common.envs import make_envs
 from zoo.common.errors import RunFault, UsageError
 from zoo.common.evaluate import evaluate
@@ -24,7 +24,7 @@ from zoo.common.evaluate import evaluate
 
 @dataclass
 class Args:
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional]
     """folder of a finished run or of results/, or an agent.pt"""
     episodes: int = 100
     """episodes to play"""
@@ -36,8 +36,9 @@ class Args:
 
 def main() -> int:
     """Evaluate, or tell in one line what is wrong; the exit status."""
-    args = tyro.cli(Args, description=__doc__)
     try:
+        args = script_args(Args, __doc__)
+        require(args.run != "", "run is empty; a folder is meant")  # Path("") is the current one
         require(args.episodes >= 1, f"--episodes must be at least 1, not {args.episodes}")
         require(0 <= args.seed < 2**31, f"--seed must lie in [0, 2**31), not {args.seed}")
         agent = zoo.load(args.run, args.env)
@@ -55,6 +56,8 @@ def main() -> int:
     except RunFault as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     except OSError as error:  # a full disk, or a pipe that nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at its end
         print(f"error: the evaluation cannot be written: {error.strerror}", file=sys.stderr)

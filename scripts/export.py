@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 import io
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -29,15 +28,17 @@ from torch import Tensor, nn
 import zoo
 from zoo.common.agent import Agent
 from zoo.common.args import require
+from zoo.common.cli import script_args
 from zoo.common.device import loader
 from zoo.common.errors import RunFault, UsageError
+from zoo.common.files import write_atomically
 
 OPSET = 18  # of 2022: what reads ONNX at all reads that
 
 
 @dataclass
 class Args:
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional]
     """folder of a finished run or of results/, or an agent.pt"""
     out: Path = Path("agent.onnx")
     """file to write"""
@@ -103,19 +104,19 @@ def to_onnx(agent: Agent) -> bytes:
 
 def main() -> int:
     """Export, or tell in one line what is wrong; the exit status."""
-    args = tyro.cli(Args, description=__doc__)
     try:
+        args = script_args(Args, __doc__)
+        require(args.run != "", "run is empty; a folder is meant")  # Path("") is the current one
         for package in ("onnx", "onnxscript"):
             found = importlib.util.find_spec(package) is not None
             require(found, f"export needs {package}, which is missing: pip install -e '.[export]'")
         require(args.out.parent.is_dir(), f"--out {args.out}: no such folder as {args.out.parent}")
         require(args.out.suffix == ".onnx", f"--out {args.out}: end the name in .onnx")
+        require(not args.out.is_dir(), f"--out {args.out}: is a folder; a file is meant")
         agent = zoo.load(args.run)
         model = to_onnx(agent)
         try:
-            unfinished = args.out.with_name(f".{args.out.name}")
-            unfinished.write_bytes(model)
-            os.replace(unfinished, args.out)
+            write_atomically(args.out, lambda file: file.write(model))
         except OSError as error:
             raise RunFault(f"--out {args.out}: {error.strerror or error}") from error
     except UsageError as error:
@@ -124,6 +125,8 @@ def main() -> int:
     except RunFault as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     shape = ", ".join(map(str, ("N", *agent.envs.obs_shape)))
     print(f"{args.out}: {agent!r}; obs ({shape}) {agent.envs.dtype} -> action, {len(model):,} bytes")
     return 0

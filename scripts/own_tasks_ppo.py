@@ -8,27 +8,34 @@
 Both train for 100,000 steps and are then evaluated without noise, on the same 50 episodes. The other side has
 its defaults but for 8 environments of 256 steps instead of one of 2048, which is faster and makes the same
 batch. The side `known` is no agent: a controller made from the task's equations, or the most that its rewards
-allow. A row a run; goes on where it was stopped.
+allow. A row a run; goes on where it was stopped. A trial's name stands for its arguments: other ones need
+another name.
 """
 
 import argparse
 import csv
+import io
 import os
 import shlex
+import sys
 import tempfile
 import time
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import benchmark
 import numpy as np
 import own_tasks
+import plot
 
 from zoo import ppo
-from zoo.common.args import lookup_in
+from zoo.common.args import lookup_in, require
 from zoo.common.cli import parse
 from zoo.common.envs import make_envs
+from zoo.common.errors import RunFault, UsageError
 from zoo.common.evaluate import evaluate
+from zoo.common.files import make_folder, write_atomically, writing
 
 RESULTS = Path(__file__).parents[1] / "results" / "own_tasks" / "ppo.csv"
 COLUMNS = ("task", "side", "seed", "eval_return", "eval_std", "seconds", "arguments")
@@ -113,15 +120,34 @@ OTHERS = {"sb3": run_sb3, "known": run_known}
 
 
 def read() -> list[dict[str, str]]:
-    """The rows so far."""
+    """The rows so far. Raises UsageError."""
     if not RESULTS.exists():
         return []
-    with open(RESULTS, newline="") as file:
-        return list(csv.DictReader(file))
+    with plot.reading(RESULTS):
+        # what follows the last newline is torn
+        rows = list(csv.DictReader(RESULTS.read_text().split("\n")[:-1]))
+        if any(tuple(row) != COLUMNS for row in rows):
+            raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
+        for row in rows:
+            plot.finite(row["eval_return"])
+    return rows
+
+
+def trial(text: str) -> tuple[str, str]:
+    """The name and the arguments of --trial. Raises UsageError."""
+    name, equals, arguments = text.partition("=")
+    fits = bool(equals and name) and name not in ("zoo", *OTHERS)
+    require(fits, f"--trial {text}: give NAME=ARGUMENTS, with a NAME that is none of the sides")
+    words = benchmark.run_words(arguments, "--trial")
+    ppo.check(parse(ppo.Args, lookup_in(ppo.Args), words))
+    for row in read():
+        told = f"--trial {name}: {RESULTS} has it with {row['arguments']!r}, not {arguments!r}"
+        require(row["side"] != name or row["arguments"] == arguments, f"{told}; give it another name")
+    return name, arguments
 
 
 def measure(task: str, side: str, seed: int, arguments: str) -> None:
-    """One run, unless its row is there."""
+    """One run, unless its row is there. Raises UsageError, RunFault."""
     if any((row["task"], row["side"], row["seed"]) == (task, side, str(seed)) for row in read()):
         return
     env_id, start = f"own_tasks:{task}-v0", time.perf_counter()
@@ -130,12 +156,12 @@ def measure(task: str, side: str, seed: int, arguments: str) -> None:
     else:
         mean, std = run_zoo(env_id, seed, arguments)
     seconds = f"{time.perf_counter() - start:.0f}"
-    new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(COLUMNS)
-        writer.writerow((task, side, seed, f"{mean:.6g}", f"{std:.6g}", seconds, arguments))
+    made = (task, side, seed, f"{mean:.6g}", f"{std:.6g}", seconds, arguments)
+    with writing(RESULTS.parent), benchmark.locked(RESULTS.parent):  # another may measure the other side
+        text = io.StringIO()
+        rows = [COLUMNS, *(row.values() for row in read()), made]
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        write_atomically(RESULTS, lambda file: file.write(text.getvalue().encode()))
     print(f"{task} {side} {seed}: {mean:.6g} ± {std:.3g}, {seconds} s", flush=True)
 
 
@@ -150,7 +176,23 @@ def report() -> None:
         print(f"{task:<11} {side:<16} {np.mean(means):>10.4g} ± {std:<8.3g} {each}")
 
 
-def main() -> None:
+def work(args: argparse.Namespace) -> None:
+    """What is missing, and the table. Raises UsageError, RunFault."""
+    if not args.report:
+        for seed in args.seeds:
+            require(0 <= seed < 2**31, f"--seeds {seed}: a seed lies in [0, 2**31)")
+        require(not RESULTS.is_dir(), f"--results {RESULTS}: is a folder; a table is meant")
+        make_folder(RESULTS.parent, "--results")
+        sides = [(side, "") for side in args.side] if args.trial is None else [trial(args.trial)]
+        for seed in args.seeds:
+            for task in args.tasks:
+                for side, arguments in sides:
+                    measure(task, side, seed, arguments)
+    report()
+
+
+def main() -> int:
+    """Measure, or tell in one line what is wrong; the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--side", nargs="+", choices=["zoo", *OTHERS], default=["zoo", *OTHERS])
@@ -160,17 +202,17 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="print the table, run nothing")
     args = parser.parse_args()
     globals()["RESULTS"] = args.results
-    if not args.report:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        for seed in args.seeds:
-            for task in args.tasks:
-                for side, arguments in (
-                    [args.trial.partition("=")[::2]] if args.trial else [(side, "") for side in args.side]
-                ):
-                    measure(task, side, seed, arguments)
-    report()
+    try:
+        work(args)
+    except (UsageError, RunFault) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main()
+    sys.exit(main())

@@ -21,8 +21,9 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -31,6 +32,7 @@ import numpy as np
 import tyro
 
 from zoo.common.args import require
+from zoo.common.cli import script_args
 from zoo.common.errors import UsageError
 
 # Told apart by readers who see few colours as well (Okabe and Ito); an agent that is not named takes one of
@@ -43,6 +45,7 @@ SPARE = ("#666666", "#6A3D9A", "#B2DF8A", "#17BECF", "#A6761D")
 DASHES = ("-", "--", "-.", (0, (1, 1)))  # of further curves of one agent
 REPS = 2000  # bootstrap samples of an interval
 LEFT = 0.01  # of the axes' width, where what was published is named
+PUBLISHED = {"agent", "task", "kind", "source", "seeds", "url"}  # columns of published.csv besides numbers
 DATA = "Data"  # the entry of a PNG that tells what it was drawn from
 
 
@@ -79,6 +82,42 @@ class Curve(NamedTuple):
     returns: np.ndarray  # (seeds, K)
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Tell what is wrong with a file that is read within, or with what it holds, as a UsageError."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except KeyError as error:
+        raise UsageError(f"{path}: lacks {error}") from error
+    except (ValueError, TypeError, AttributeError, IndexError, OverflowError, csv.Error) as error:
+        raise UsageError(f"{path}: is damaged: {' '.join(str(error).split())}") from error
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a table; [] where there is none. Raises UsageError."""
+    if not path.exists():
+        return []
+    with reading(path), open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a meta.json or an args.json says; {} where there is none. Raises UsageError."""
+    if not path.exists():
+        return {}
+    with reading(path):
+        return dict(json.loads(path.read_text()))
+
+
+def finite(cell: str) -> float:
+    """A number of a table. Raises ValueError, TypeError."""
+    if not math.isfinite(float(cell)):
+        raise ValueError(f"{cell} stands where a number should")
+    return float(cell)
+
+
 def files_of(folder: Path) -> list[Path]:
     """The tables of a folder's seeds; of a run's folder it is one. Raises UsageError."""
     files = sorted(folder.glob("seed_*.csv"), key=lambda path: path.name)
@@ -88,12 +127,11 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def starts(folder: Path) -> dict[str, float]:
-    """What the seeds' agents are worth before training, by the names of their tables, from start.csv."""
+    """What the seeds' agents are worth before training, by the names of their tables, from start.csv. Raises
+    UsageError."""
     path = folder / "start.csv"
-    if not path.exists():
-        return {}
-    with open(path, newline="") as file:
-        return {f"seed_{row['seed']}.csv": float(row["eval_return"]) for row in csv.DictReader(file)}
+    with reading(path):
+        return {f"seed_{row['seed']}.csv": finite(row["eval_return"]) for row in read_table(path)}
 
 
 def load_curves(folder: Path, x: str = "steps", column: str = "eval_return") -> tuple[np.ndarray, np.ndarray]:
@@ -108,11 +146,13 @@ def load_curves(folder: Path, x: str = "steps", column: str = "eval_return") -> 
     known = column == "eval_return" and all(path.name in before for path in files)
     missing = "evaluations" if column == "eval_return" else f"values of {column} (--columns)"
     for path in files:
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row.get(column)]
+        rows = [row for row in read_table(path) if row.get(column)]
         require(bool(rows), f"{path}: has no {missing}")
-        points = [(float(row["step"]), float(row[column]), float(row.get("wall_time") or "nan"))
-                  for row in rows]  # fmt: skip
+        with reading(path):
+            points = [(finite(row["step"]), finite(row[column]), float(row.get("wall_time") or "nan"))
+                      for row in rows]  # fmt: skip
+        steps = [step for step, _, _ in points]
+        require(steps == sorted(set(steps)), f"{path}: its steps with {missing} do not increase")
         if known and points[0][0] > 0:
             points.insert(0, (0.0, before[path.name], 0.0))
         seeds.append(np.array(points).T)
@@ -127,20 +167,21 @@ def load_curves(folder: Path, x: str = "steps", column: str = "eval_return") -> 
 
 
 def budget(folder: Path, default: float) -> int:
-    """The environment steps that the runs of a folder were given; `default` where it is not known."""
-    for name in ("meta.json", "args.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, StopIteration):
-            content = json.loads((folder / name).read_text())
-            args = content["args"] if "args" in content else next(iter(content["seeds"].values()))["args"]
-            return int(args["total_steps"])
+    """The environment steps that the runs of a folder were given; `default` where it is not known. Raises
+    UsageError."""
+    for path in (folder / "meta.json", folder / "args.json"):
+        content = read_json(path)
+        with reading(path):
+            for each in (content, *content.get("seeds", {}).values()):
+                if "total_steps" in each.get("args", {}):
+                    return int(each["args"]["total_steps"])
     return round(default)
 
 
 def agent_of(folder: Path) -> str:
-    """The agent whose curve a folder holds: of results/AGENT/TASK by its name, of a run by its args.json."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return json.loads((folder / "args.json").read_text())["agent"]
-    return folder.resolve().parent.name
+    """The agent whose curve a folder holds: of results/AGENT/TASK by its name, of a run by its args.json.
+    Raises UsageError."""
+    return str(read_json(folder / "args.json").get("agent", folder.resolve().parent.name))
 
 
 def label(folder: Path) -> str:
@@ -150,23 +191,26 @@ def label(folder: Path) -> str:
 
 
 def task(folders: Sequence[Path]) -> str:
-    """The task of all these folders, where it is one."""
+    """The task of all these folders, where it is one. Raises UsageError."""
     found = set()
     for folder in folders:
-        if (folder / "progress.csv").exists():
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                found.add(json.loads((folder / "args.json").read_text())["args"]["env"])
-        else:
+        if not (folder / "progress.csv").exists():
             found.add(folder.resolve().name)
+        elif args := read_json(folder / "args.json"):
+            with reading(folder / "args.json"):
+                found.add(str(args["args"]["env"]))
     return found.pop() if len(found) == 1 else ""
 
 
 def read_published(path: Path) -> list[dict[str, str]]:
-    """The rows of published.csv; [] where there is none."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    """The rows of published.csv; [] where there is none. Raises UsageError."""
+    rows = read_table(path)
+    with reading(path):
+        for row in rows:
+            finite(row["value"])
+            int(row["steps"])
+            require(row.keys() >= PUBLISHED, f"{path}: lacks {', '.join(sorted(PUBLISHED - row.keys()))}")
+    return rows
 
 
 def published_evaluations(
@@ -327,8 +371,8 @@ def draw(
 
 def main() -> int:
     """Draw, or tell in one line what is wrong; the exit status."""
-    args = tyro.cli(Args, description=__doc__)
     try:
+        args = script_args(Args, __doc__)
         require(
             importlib.util.find_spec("matplotlib") is not None,
             "matplotlib is missing: pip install -e '.[plots]'",
@@ -343,13 +387,17 @@ def main() -> int:
         )
         labels = list(args.labels) or [label(folder) for folder in folders]
         require(len(labels) == len(folders), f"--labels: {len(labels)} names for {len(folders)} curves")
+        require(bool(args.columns), "--columns: names of columns are missing")
         title, default = args.env or task(folders), Path("curves.png")
         out = args.out or (args.results / f"{args.env}.png" if args.env else default)
+        require(out.suffix != "", f"--out {out}: end the name in .png, .svg or .pdf")
         draw(folders, labels, title, out, args.x, args.results, args.until, args.columns)
         print(f"{out}: {len(folders)} curve{'s' if len(folders) > 1 else ''}")
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -38,9 +38,9 @@ from typing import Any, NamedTuple
 import benchmark
 import numpy as np
 import plot
-import tyro
 
 from zoo.common.args import RunArgs, as_words, require
+from zoo.common.cli import script_args
 from zoo.common.envs import make_envs
 from zoo.common.errors import RunFault, UsageError
 from zoo.common.evaluate import Evaluation, evaluate
@@ -130,6 +130,9 @@ def read_row(folder: Path, results: Path) -> Row:
     """A line of the table. Raises UsageError where meta.json is not as benchmark.py writes it."""
     seeds = benchmark.read_seeds(folder)
     require(bool(seeds), f"--results: {folder}/meta.json holds no seeds")
+    for seed in seeds:
+        path = folder / f"seed_{seed}.csv"
+        require(path.is_file(), f"--results: {path} is missing, the curve of a seed in meta.json beside it")
     agent, variant = folder.parent.name, folder.relative_to(results).parts[:-2]
     commits = tuple(dict.fromkeys(entry["commit"] for entry in seeds.values()))
     args, changed = next(iter(seeds.values()))["args"], ""
@@ -157,7 +160,10 @@ def read_rows(results: Path) -> list[Row]:
     require(results.is_dir(), f"--results {results}: no such folder")
     found = [*results.glob("*/*/meta.json"), *results.glob("*/*/*/meta.json")]
     folders = [path.parent for path in found if path.relative_to(results).parts[0] not in NOT_RUNS]
-    rows = [read_row(folder, results) for folder in folders]
+    rows = []
+    for folder in folders:
+        with plot.reading(folder / "meta.json"):
+            rows.append(read_row(folder, results))
     require(bool(rows), f"--results {results}: holds no AGENT/TASK/meta.json")
     order = list(plot.COLOURS)
     tasks = {
@@ -176,10 +182,8 @@ def read_rows(results: Path) -> list[Row]:
 def read_random(results: Path) -> dict[str, float]:
     """The mean return of random actions on each task that was played."""
     path = results / "random.csv"
-    if not path.exists():
-        return {}
-    with open(path, newline="") as file:
-        return {row["task"]: float(row["mean"]) for row in csv.DictReader(file)}
+    with plot.reading(path):
+        return {row["task"]: plot.finite(row["mean"]) for row in plot.read_table(path)}
 
 
 # --- references ---------------------------------------------------------------------------------------------
@@ -243,10 +247,7 @@ def before_training(agent: str, args: RunArgs) -> float:
 def play_references(rows: Sequence[Row], results: Path) -> None:
     """Write what is missing of random.csv and of the start.csv. Raises UsageError, RunFault."""
     path = results / "random.csv"
-    known: list[Sequence[object]] = []
-    if path.exists():
-        with open(path, newline="") as file:
-            known = [list(row.values()) for row in csv.DictReader(file)]
+    known: list[Sequence[object]] = [list(row.values()) for row in plot.read_table(path)]
     # of a variant no score is normalised, and its folder need not be a task's id
     tasks = {row.task for row in rows if not row.variant}
     for task in sorted(tasks - {str(row[0]) for row in known}):
@@ -394,8 +395,8 @@ def read_statistics(results: Path) -> Statistics:
     """report.csv. Raises UsageError."""
     path = results / "report.csv"
     require(path.is_file(), f"--results {results}: holds no report.csv")
-    with open(path, newline="") as file:
-        return Statistics([list(row.values()) for row in csv.DictReader(file)])
+    with plot.reading(path):
+        return Statistics([list(row.values()) for row in plot.read_table(path)])
 
 
 # --- the README ---------------------------------------------------------------------------------------------
@@ -700,7 +701,8 @@ def report(args: Args) -> None:
     """Rebuild it. Raises UsageError, RunFault."""
     needs("rliable", "matplotlib")
     require(args.readme.is_file(), f"--readme {args.readme}: no such file")
-    head, _, tail = between(args.readme.read_text())
+    with plot.reading(args.readme):
+        head, _, tail = between(args.readme.read_text())
     rows = read_rows(args.results)
     if args.references:
         play_references(rows, args.results)
@@ -724,10 +726,12 @@ def report(args: Args) -> None:
 def main() -> int:
     """Rebuild the report, or tell in one line what is wrong; the exit status."""
     try:
-        report(tyro.cli(Args, description=__doc__))
+        report(script_args(Args, __doc__))
     except (UsageError, RunFault) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import tyro
 
 import zoo
+from zoo.common.cli import script_args
 from zoo.common.errors import RunFault, UsageError
 
 BATCH = 2048  # PPO's and TRPO's; training runs are whole multiples of it on both sides
@@ -132,11 +132,11 @@ def compare_training(args: Args) -> None:
     """Pairs of training runs, each side first in turn. Raises UsageError, RunFault."""
     from zoo.common.envs import make_single
 
-    args.steps -= args.steps % BATCH
     if args.steps < 10 * BATCH:
         raise UsageError(
             f"--steps must be at least {10 * BATCH} (the first tenth is warm-up), not {args.steps}"
         )
+    args.steps -= args.steps % BATCH
     if args.tuned and (args.agent, args.env) != ("ppo", "CartPole-v1"):
         raise UsageError(f"--tuned knows PPO on CartPole-v1 only, not {args.agent} on {args.env}")
     make_single(args.env).close()
@@ -241,7 +241,7 @@ def compare_updates(args: Args) -> None:
 
 def compare_engines(args: Args) -> None:
     """Environment steps a second under random actions: ours with its default threads, and SyncVectorEnv.
-    Raises UsageError."""
+    Raises UsageError, RunFault."""
     import gymnasium as gym
 
     from zoo.common.envs import VectorEnv, make_envs, make_single
@@ -251,8 +251,14 @@ def compare_engines(args: Args) -> None:
     ) -> Callable[[], float]:
         def run() -> float:
             start = time.perf_counter()
-            for action in actions:
-                envs.step(action)
+            try:
+                for action in actions:
+                    envs.step(action)
+            except RunFault:  # of ours, which says what a task raised
+                raise
+            except Exception as error:
+                told = " ".join(str(error).split())
+                raise RunFault(f"{args.env} raised {type(error).__name__} in step: {told}") from error
             return len(actions) * envs.num_envs / (time.perf_counter() - start)
 
         return run
@@ -285,8 +291,8 @@ def compare_engines(args: Args) -> None:
 
 def main() -> int:
     """Measure, and tell in one line what is wrong; the exit status."""
-    args = tyro.cli(Args, description=__doc__)
     try:
+        args = script_args(Args, __doc__)
         for name in ("pairs", "threads"):
             if getattr(args, name) < 1:
                 raise UsageError(f"--{name} must be at least 1, not {getattr(args, name)}")

@@ -7,7 +7,7 @@ over-optimisation of a reward model.
     python scripts/tokens.py --plot                     the figures of what is there
 
 A run's seed draws everything anew: the task's prompts on Count, the reference, the noise. The same command
-goes on where it was stopped.
+goes on where it was stopped. Several may run at once.
 
     RESULTS/TABLE.csv                   a row a run: command, last evaluation, seconds by clock and processor
                                         (of rlhf.py its last stage's)
@@ -33,7 +33,7 @@ from zoo import dpo, grpo_tokens, rlhf
 from zoo.common.args import lookup_in, require
 from zoo.common.cli import parse
 from zoo.common.errors import RunFault, UsageError
-from zoo.common.files import write_atomically, writing
+from zoo.common.files import lock_folder, make_folder, write_atomically, writing
 
 Row = dict[str, str]
 
@@ -80,15 +80,35 @@ TABLES: dict[str, dict[str, tuple[ModuleType, str]]] = {
     },
 }
 SEEDS = {"count": 5}  # the others 3
+WORDS = ("method", "command", "commit")  # the other columns are numbers
 CURVE = ("kl", "score", "rule_reward", "eval_exact", "eval_reward", "eval_kl", "eval_other")
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a table; of one that is not there none."""
+def read(path: Path, *filled: str) -> list[Row]:
+    """The rows of a table; of one that is not there none.
+
+    filled: columns that have something in every row. Raises UsageError where they have not, or anything else
+    is damaged.
+    """
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        for number, row in enumerate(rows, 1):
+            lacking = [name for name in filled if not row.get(name)]
+            require(not lacking, f"{path}: row {number} lacks {', '.join(lacking)}")
+            require(None not in (*row, *row.values()), f"{path}: row {number} is not as long as the header")
+            for name in row.keys() - set(WORDS):
+                float(row[name] or 0)
+    except (OSError, ValueError, csv.Error) as error:
+        raise UsageError(f"{path}: is no table of this script: {error}") from error
+    return rows
+
+
+def read_table(results: Path, table: str) -> list[Row]:
+    """The rows of one of TABLES. Raises UsageError."""
+    return read(results / f"{table}.csv", "method", "seed", "command")
 
 
 def write(path: Path, rows: list[Row]) -> None:
@@ -124,23 +144,26 @@ def train(agent: ModuleType, argv: list[str], folder: Path) -> None:
 def earlier_stages(argv: list[str], runs: Path) -> Path:
     """The folder of the supervised and the reward model that such a run of rlhf.py goes on from, which are
     made if they are not there. They depend on some of the arguments only, so that several runs share them.
+    Waits for another process that makes them. Raises UsageError, RunFault.
     """
     args = parse(rlhf.Args, lookup_in(rlhf.Args), argv)
     name = f"{args.env}_steps{args.supervised_steps}_other{args.other:g}"
     if args.reward == "model":
         name += f"_pairs{args.comparisons}_models{args.ensemble}"
     folder = runs / f"{name}__{args.seed}"
-    for stage in ("supervised", "reward")[: 1 + (args.reward == "model")]:
-        if not (folder / stage / "agent.pt").exists():
-            shutil.rmtree(folder / stage, ignore_errors=True)  # what a kill has left of it
-            train(rlhf, [*argv, "--stage", stage], folder)
+    make_folder(folder, "--runs")
+    with lock_folder(folder, "--runs", wait=True):
+        for stage in ("supervised", "reward")[: 1 + (args.reward == "model")]:
+            if not (folder / stage / "agent.pt").exists():
+                shutil.rmtree(folder / stage, ignore_errors=True)  # what a kill has left of it
+                train(rlhf, [*argv, "--stage", stage], folder)
     return folder
 
 
 def measure(table: str, method: str, seed: int, results: Path, runs: Path) -> None:
     """One run, unless its row is there."""
-    path = results / f"{table}.csv"
-    if any((row["method"], row["seed"]) == (method, str(seed)) for row in read(path)):
+    run = method, str(seed)
+    if any((row["method"], row["seed"]) == run for row in read_table(results, table)):
         return
     agent, flags = TABLES[table][method]
     name = agent.__name__.rpartition(".")[2]
@@ -166,7 +189,9 @@ def measure(table: str, method: str, seed: int, results: Path, runs: Path) -> No
             write(results / f"{table}_{method}__{seed}.csv", curve(last))
     row = {"method": method, "seed": str(seed), "seconds": f"{clock:.0f}", "processor": f"{processor:.0f}"}
     row |= {"command": f"python zoo/{name}.py {flags}", "commit": commit[:7] + commit[40:], **values}
-    write(path, [*read(path), row])  # read again: another process may have added to it
+    with lock_folder(results, "--results", wait=True):  # another process may add to it, even the same run
+        rows = [each for each in read_table(results, table) if (each["method"], each["seed"]) != run]
+        write(results / f"{table}.csv", [*rows, row])
     print(table, method, seed, values, f"{clock:.0f} s", flush=True)
 
 
@@ -182,7 +207,7 @@ def spread(rows: list[Row], column: str) -> str:
 def summary(results: Path) -> None:
     """The tables in Markdown, a line a method."""
     for table, methods in TABLES.items():
-        if not (rows := read(results / f"{table}.csv")):
+        if not (rows := read_table(results, table)):
             continue
         columns = [name for name in dict.fromkeys(n for row in rows for n in row) if name not in ("method",)]
         columns = [name for name in columns if name not in ("seed", "command", "commit", "processor")]
@@ -201,10 +226,12 @@ def plot_sort(results: Path) -> None:
     for number, (method, (agent, flags)) in enumerate(TABLES["sort"].items()):
         curves = []
         for path in sorted(results.glob(f"sort_{method}__*.csv")):
-            rows = [row for row in read(path) if row["eval_exact"]]
+            rows = [row for row in read(path, "step") if row.get("eval_exact")]
             curves.append([(float(row["step"]), 100 * float(row["eval_exact"])) for row in rows])
             axes.plot(*zip(*curves[-1], strict=True), color=f"C{number}", linewidth=0.7, alpha=0.5)
         if curves:
+            whole = len({len(points) for points in curves}) == 1
+            require(whole, f"--results {results}: the curves of sort_{method} are not of one length")
             together = zip(*curves, strict=True)
             mean = [tuple(map(statistics.mean, zip(*points, strict=True))) for points in together]
             name, count = agent.__name__.rpartition(".")[2], len(curves)
@@ -232,7 +259,7 @@ def plot_over_optimisation(results: Path) -> None:
         )  # pairs1000_beta0_models1
         label = f"{int(pairs):,} comparisons, {models} model{'s' * (models != '1')}, β = {beta}"
         for i, path in enumerate(sorted(results.glob(f"over_{method}__*.csv"))):
-            rows = read(path)
+            rows = read(path, "kl", "score", "rule_reward")
             kl = [max(float(row["kl"]), 0.0) ** 0.5 for row in rows]
             for axes, column in ((left, "score"), (right, "rule_reward")):
                 value = [float(row[column]) for row in rows]
@@ -263,11 +290,13 @@ def main() -> int:
     try:
         check(args)
         with writing(args.results):
-            args.results.mkdir(parents=True, exist_ok=True)
             work(args)
     except (UsageError, RunFault) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -288,20 +317,26 @@ def check(args: argparse.Namespace) -> None:
 
 def work(args: argparse.Namespace) -> None:
     """The runs that are missing, the tables and the figures asked for. Raises UsageError, RunFault."""
+    if args.tables:
+        make_folder(args.results, "--results")
     for table in args.tables:
         for seed in args.seeds or range(1, SEEDS.get(table, 3) + 1):
             for method in TABLES[table]:
                 if not args.methods or method in args.methods:
                     measure(table, method, seed, args.results, args.runs)
     if args.summary:
+        measured = any(read_table(args.results, table) for table in TABLES)
+        require(measured, f"--results {args.results}: holds no table; TABLE measures one")
         summary(args.results)
     if args.plot:
         import matplotlib
 
         matplotlib.use("Agg")
-        for table, draw in (("over", plot_over_optimisation), ("sort", plot_sort)):
-            if any(args.results.glob(f"{table}_*__*.csv")):
-                draw(args.results)
+        figures = {"over": plot_over_optimisation, "sort": plot_sort}
+        there = [table for table in figures if any(args.results.glob(f"{table}_*__*.csv"))]
+        require(bool(there), f"--results {args.results}: holds no curves of {' or '.join(figures)}")
+        for table in there:
+            figures[table](args.results)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import contextlib
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import math
 import shlex
@@ -44,14 +45,13 @@ from typing import Any, NamedTuple
 
 import benchmark
 import numpy as np
-import tyro
 
 import zoo
 from zoo.common.args import RunArgs, as_words, flag, lookup_in, require
-from zoo.common.cli import parse
+from zoo.common.cli import parse, script_args
 from zoo.common.envs import make_single
 from zoo.common.errors import RunFault, UsageError
-from zoo.common.files import lock_folder, writing
+from zoo.common.files import lock_folder, make_folder, writing
 
 FRACTIONS = ("gamma", "lambda")  # in a name: near 1, and what is left to 1 counts
 # what an agent's Args give another default, but which changes nothing that is learnt
@@ -70,7 +70,7 @@ class Args:
     seeds: str = "1"
     """seeds of which a trial is the mean, such as 1-3"""
     only: tuple[str, ...] = ()
-    """fields to search (default: all that have a range)"""
+    """fields to search (default: all that have a range and are not in --args)"""
     space: tuple[str, ...] = ()
     """ranges of fields in place of the derived ones: NAME=LOW..HIGH or NAME=A|B|C"""
     args: str = ""
@@ -195,8 +195,10 @@ def search_space(default: RunArgs, args: Args) -> list[Range]:
     for name in args.only:
         require(name in kinds, f"--only {name}: no field of this agent; {known(kinds)}")
     given = [given_range(text, kinds, default) for text in args.space]
-    replaced = {each.name for each in given}
-    wanted = [name for name in args.only or kinds if name not in replaced]
+    settled = {each.name for each in given}
+    if not args.only:
+        settled |= benchmark.given_fields(benchmark.run_words(args.args))
+    wanted = [name for name in args.only or kinds if name not in settled]
     ranges = [derived(name, kinds[name], getattr(default, name)) for name in wanted]
     for name, found in zip(wanted, ranges, strict=True):
         words = f"--only {name}: nothing follows from its value; give --space {name}=..."
@@ -276,25 +278,22 @@ def objective(
 
 def arguments(module: ModuleType, args: Args) -> RunArgs:
     """The agent's arguments as they are. Raises UsageError."""
-    try:
-        more = shlex.split(args.args)
-    except ValueError as error:
-        raise UsageError(f"--args {args.args}: {error}") from error
+    more = benchmark.run_words(args.args)
     given = ["--env", args.env, "--no-progress", "--threads", "1", "--env-threads", "1", *more]
     default = parse(module.Args, lookup_in(module.Args), given)
     if hasattr(module, "check"):
         module.check(default)
-    if "--eval-every" not in more:
+    if "eval_every" not in benchmark.given_fields(more):
         default = replace(default, eval_every=max(default.total_steps // EVALUATIONS, 1))
     return default
 
 
 def command(agent: str, env: str, values: dict[str, Any], more: str = "") -> str:
-    """What runs the agent so; more: further arguments, as --args has them."""
-    words = ["python", f"zoo/{agent}.py", "--env", env]
+    """What runs the agent so; more: further arguments, as --args has them, over which the values win."""
+    words = ["python", f"zoo/{agent}.py", "--env", env, *shlex.split(more)]
     for name, value in values.items():
         words += as_words(name, value)
-    return shlex.join([*words, *shlex.split(more)])
+    return shlex.join(words)
 
 
 def tune(args: Args) -> None:
@@ -314,15 +313,11 @@ def tune(args: Args) -> None:
     folder = args.folder or Path("runs/tune") / args.agent / args.env.replace("/", "_").replace(":", "_")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with contextlib.ExitStack() as stack:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "--folder")
         stack.enter_context(lock_folder(folder, "--folder"))
-        study = optuna.create_study(
-            study_name="tune", storage=f"sqlite:///{folder / 'study.db'}", load_if_exists=True,
-            direction="maximize",
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2),
-        )  # fmt: skip
+        study = open_study(folder / "study.db")
         setting = {"agent": args.agent, "env": args.env, "seeds": seeds, "args": args.args}
+        setting["ranges"] = json.loads(json.dumps(ranges))  # as Optuna gives them back
         before = study.user_attrs.get("setting", setting)
         differing = [name for name in setting if before.get(name) != setting[name]]
         require(
@@ -341,13 +336,28 @@ def tune(args: Args) -> None:
             f"--space: none of {len(study.trials)} trials was completed; the last one: "
             f"{study.trials[-1].user_attrs or 'given up'}",
         )
-        values = {each.name: each.suggest(optuna.trial.FixedTrial(study.best_params)) for each in ranges
-                  if each.name in study.best_params}  # fmt: skip
+        best = optuna.trial.FixedTrial(study.best_params)
+        values = {each.name: each.suggest(best) for each in ranges}
         print(f"best: {study.best_value:.6g} in trial {study.best_trial.number}")
         print(command(args.agent, args.env, values, args.args))
         draw(study, folder / "importance.png")
         if args.confirm:
-            compare(module, default, values, args.confirm, folder)
+            compare(module, default, values, args.confirm, seeds, folder)
+
+
+def open_study(path: Path) -> Any:
+    """The search kept in a file, or a new one. Raises UsageError."""
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        return optuna.create_study(
+            study_name="tune", storage=f"sqlite:///{path}", load_if_exists=True, direction="maximize",
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2),
+        )  # fmt: skip
+    except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
+        why = " ".join(str(getattr(error, "orig", None) or error).split())
+        raise UsageError(f"--folder {path.parent}: {path.name} is no search of Optuna's ({why})") from error
 
 
 def ended(study: Any) -> int:
@@ -377,13 +387,16 @@ def tell(study: Any, trial: Any) -> None:
     print(f"trial {trial.number}: {result}", flush=True)
 
 
-def compare(module: ModuleType, default: RunArgs, values: dict[str, Any], count: int, folder: Path) -> None:
+def compare(
+    module: ModuleType, default: RunArgs, values: dict[str, Any], count: int, seen: list[int], folder: Path
+) -> None:
     """Run the best trial's arguments and the agent's own on seeds that the search has not seen."""
-    fresh = range(1001, 1001 + count)
+    fresh = list(itertools.islice((seed for seed in itertools.count(1001) if seed not in seen), count))
     for name, args in (("best", replace(default, **values)), ("as it is", default)):
         finals = np.array([score(module, args, [seed], folder) for seed in fresh])
         spread = f" ± {finals.std(ddof=1):.6g}" if count > 1 else ""
-        print(f"{name}: {finals.mean():.6g}{spread} over seeds {fresh[0]}-{fresh[-1]}", flush=True)
+        told = ", ".join(map(str, fresh))
+        print(f"{name}: {finals.mean():.6g}{spread} over seeds {told}", flush=True)
 
 
 def draw(study: Any, out: Path) -> None:
@@ -413,7 +426,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         at = given.index("--args")
         given[at : at + 2] = [f"--args={given[at + 1]}"]
     try:
-        tune(tyro.cli(Args, args=given, description=__doc__))
+        tune(script_args(Args, __doc__, given))
     except (UsageError, RunFault) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

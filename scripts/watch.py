@@ -8,6 +8,7 @@ tasks are drawn by EGL; where that is missing, MUJOCO_GL=osmesa draws them witho
 """
 
 import contextlib
+import math
 import os
 import shlex
 import sys
@@ -24,6 +25,7 @@ import tyro
 import zoo
 from zoo.common.agent import Agent
 from zoo.common.args import require
+from zoo.common.cli import script_args
 from zoo.common.envs import make_single
 from zoo.common.errors import RunFault, UsageError
 from zoo.common.pictures import draw_quickly, draw_unseen, follow, write_gif
@@ -33,7 +35,7 @@ FPS = 25  # about that of a video: of a task of more frames a second some are le
 
 @dataclass
 class Args:
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional]
     """folder of a finished run or of results/, or an agent.pt"""
     video: Path | None = None
     """.gif or .mp4 to write, instead of showing it on the screen"""
@@ -99,18 +101,21 @@ def write_video(path: Path, frames: Iterator[np.ndarray], fps: float) -> None:
 
 def check(args: Args) -> None:
     """Refuse what cannot work, before anything is loaded."""
+    require(args.run != "", "run is empty; a folder is meant")  # Path("") is the current one
     require(args.episodes >= 1, f"--episodes must be at least 1, not {args.episodes}")
     require(0 <= args.seed < 2**31, f"--seed must lie in [0, 2**31), not {args.seed}")
-    require(args.seconds >= 0, f"--seconds must be at least 0, not {args.seconds:g}")
+    lasting = 0 <= args.seconds < math.inf
+    require(lasting, f"--seconds must be at least 0 and finite, not {args.seconds:g}; 0: to the end")
     require(16 <= args.size <= 4096, f"--size must lie in [16, 4096], not {args.size}")
     require(args.size % 2 == 0, f"--size must be even, not {args.size}")
     shown = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if args.video is None:
-        command = shlex.join(["python", sys.argv[0], str(args.run), "--video", "agent.gif"])
+        command = shlex.join(["python", sys.argv[0], args.run, "--video", "agent.gif"])
         require(bool(shown), f"there is no display here; to write a video instead: {command}")
         return
     require(args.video.suffix in (".mp4", ".gif"), f"--video {args.video}: end the name in .mp4 or .gif")
     require(args.video.parent.is_dir(), f"--video {args.video}: no such folder as {args.video.parent}")
+    require(not args.video.is_dir(), f"--video {args.video}: is a folder; a file is meant")
     if args.video.suffix == ".mp4":
         try:
             import imageio_ffmpeg  # noqa: F401
@@ -174,7 +179,7 @@ def _undrawn(env_id: str, error: Exception) -> str:
 def main() -> int:
     """Play, or tell in one line what is wrong; the exit status."""
     try:
-        print(play(tyro.cli(Args, description=__doc__)))
+        print(play(script_args(Args, __doc__)))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

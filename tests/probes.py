@@ -215,6 +215,8 @@ class Image(Probe):
 SPACES = {
     "DictObs": dict(observation_space=Dict({"a": UNIT, "b": UNIT})),
     "DiscreteObs": dict(observation_space=Discrete(3)),
+    "EmptyObs": dict(observation_space=Box(-1.0, 1.0, (0,), np.float32)),
+    "EmptyAction": dict(action_space=Box(-1.0, 1.0, (2, 0), np.float32)),
     "MultiDiscreteAction": dict(action_space=MultiDiscrete([2, 3])),
     "DictAction": dict(action_space=Dict({"a": Discrete(2)})),
     # the third is bounded below only, the fourth not at all

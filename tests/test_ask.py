@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -92,6 +93,39 @@ def test_what_is_no_answer_is_refused(human, content, kind, status):
     with pytest.raises(urllib.error.HTTPError) as caught:
         post(human, content, kind)
     assert caught.value.code == status and human.answered == 0
+
+
+def sent(human, text, reset=False):
+    """What comes back for a request as it stands; nothing where the connection is reset instead."""
+    with socket.create_connection(human.server.server_address, timeout=10) as connection:
+        if reset:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.sendall(text.encode())
+        return b"" if reset else connection.recv(1000)
+
+
+@pytest.mark.parametrize("length", ["abc", "-5", "9" * 5000, "1.5"])
+def test_a_length_that_is_no_number_is_refused(human, length, capfd):
+    request = f"POST /answer HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n"
+    assert sent(human, request).startswith(b"HTTP/1.1 400 ")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_browser_that_leaves_is_not_told_of(human, capfd):
+    """It resets its connection while it is sent a video."""
+    ask(human, 1)
+    for _ in range(3):
+        sent(human, "GET /video/1/0 HTTP/1.1\r\nHost: x\r\n\r\n" * 20, reset=True)
+        time.sleep(0.2)
+    assert json.loads(get(human, "/question"))["number"] == 1
+    assert capfd.readouterr().err == ""
+
+
+def test_a_fault_of_the_pages_own_is_told(human, monkeypatch, capfd):
+    monkeypatch.setattr(human, "present", lambda: 1 / 0)
+    with pytest.raises(OSError):
+        get(human, "/question")
+    assert "ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_only_this_machine_is_served(human):
@@ -270,20 +304,23 @@ KILLED += [
     "0",
     "--start",
     "0.5",
-    "--first",
-    "2",
     "--ask-every",
     "2",
 ]
 
 
-def test_answers_survive_a_kill(tmp_path):
-    """The run is killed, by -9, while it waits for the answers that it begins with."""
+@pytest.mark.parametrize("first", [1, 2])
+def test_answers_survive_a_kill(tmp_path, first):
+    """The run is killed, by -9, while it waits for the answers that it begins with: in its first iteration,
+    or when it has reported one."""
     port, folder = free_port(), tmp_path / "run"
     command = [sys.executable, str(ROOT / "zoo" / "preferences.py"), "--port", str(port), "--no-progress"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SDL_VIDEODRIVER": "dummy"}
     process = subprocess.Popen(
-        [*command, *KILLED, "--run-dir", str(folder)], env=environment, stderr=subprocess.PIPE, text=True
+        [*command, *KILLED, "--first", str(first), "--run-dir", str(folder)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     address, number = f"http://127.0.0.1:{port}", None
     try:

@@ -179,7 +179,7 @@ def test_exact_evaluations_agree_with_samples():
     [
         (dict(beta=0.0), "--beta must be greater than 0, not 0"),
         (dict(eta=1.5), r"--eta must lie in \[0, 1\], not 1.5"),
-        (dict(eta=0.0), "--eta 0: steps without noise have no log-probability"),
+        (dict(eta=0.0), "--eta 0: no noise would be left but --min-sigma's; it must be greater than 0"),
         (dict(min_sigma=0.0), "--min-sigma must be greater than 0, not 0"),
         (dict(clip=0.1), "--clip 0.1: of --method is only"),
         (dict(method="is", minibatch_size=300), "--minibatch-size 300 does not divide the 320 steps"),
@@ -226,6 +226,8 @@ def test_the_digits_are_judged_by_the_half_that_the_reward_has_not_seen(digits):
     assert digits.judge(digits.judge_data)["distance"] == pytest.approx(0, abs=0.01)
     nearest = torch.cdist(digits.data[::2], digits.judge_data).min(-1).values.mean().item()
     assert digits.judge(digits.data[::2])["distance"] == pytest.approx(nearest, rel=1e-3)
+    threes = digits.judge(digits.data[::2][label[::2] == 3])["distance"]  # the yardsticks of the docstring
+    assert f"pictures is {nearest:.2f}, and of its threes {threes:.2f}" in str(type(digits).judge.__doc__)
     drawn = digits.sample(torch.zeros(1000, dtype=torch.int64), torch.Generator().manual_seed(0))
     assert len(drawn.unique(dim=0)) > 700 and torch.cdist(drawn, digits.data).min(-1).values.max() < 0.01
 
@@ -257,6 +259,16 @@ def test_runs_and_resumes(changes, tmp_path, capsys):
     resumed = ddpo.train(small(resume=str(tmp_path / "half"), **common))
     assert resumed == pytest.approx(whole, abs=1e-6)
     assert "final evaluation: objective" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("env", ["line", "ring", "digits"])
+def test_a_run_on_cuda_and_its_resumption(env, tmp_path):
+    if env == "digits":
+        pytest.importorskip("sklearn")
+    common = dict(env=env, min_sigma=0.2, device="cuda", compile=True, eval_every=64, data_coef=0.1)
+    assert math.isfinite(ddpo.train(small(**common, total_steps=128, run_dir=str(tmp_path / "run"))))
+    assert math.isfinite(ddpo.train(small(**common, total_steps=256, resume=str(tmp_path / "run"))))
 
 
 def test_non_finite_rewards_stop_the_run(tmp_path, monkeypatch):

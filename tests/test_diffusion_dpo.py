@@ -135,7 +135,7 @@ def test_runs_and_resumes(loss, tmp_path, capsys):
     ("changes", "message"),
     [
         (dict(beta=0.0), "--beta must be greater than 0, not 0"),
-        (dict(eta=0.0), "--eta 0: steps without noise have no log-probability"),
+        (dict(eta=0.0), "--eta 0: no noise would be left but --min-sigma's; it must be greater than 0"),
         (dict(eta=-0.5), r"--eta must lie in \[0, 1\], not -0.5"),
         (dict(min_sigma=0.0), "--min-sigma must be greater than 0, not 0"),
         (dict(batch_size=300), "--batch-size 300 must be at most 256"),
@@ -240,6 +240,17 @@ def recorded(folder, **changes):
         diffusion_dpo.train(args)
     first = [call for call in calls if len(call[0]) == 4]
     return Recorded(args, made[0], first, calls[len(first) :])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("env", ["line", "ring", "digits"])
+def test_a_run_on_cuda_and_its_resumption(env, tmp_path):
+    if env == "digits":
+        pytest.importorskip("sklearn")
+    args = small(env=env, min_sigma=0.2, device="cuda", compile=True, run_dir=str(tmp_path / "run"))
+    assert math.isfinite(diffusion_dpo.train(args))
+    args = dataclasses.replace(args, total_steps=2560, run_dir=None, resume=args.run_dir)
+    assert math.isfinite(diffusion_dpo.train(args))
 
 
 @pytest.fixture(scope="module")

@@ -200,6 +200,7 @@ def test_variants_run(arguments, by_default, tmp_path):
         (("--online", "8"), "--comparisons 128.*--online"),
         (("--total-steps", "20"), "--total-steps 20.*batch of 32"),
         (("--heads", "3"), "--heads 3.*--dim 8"),
+        (("--supervised-batch-size", "0"), "--supervised-batch-size must be at least 1, not 0"),
         (("--num-envs", "4"), "--num-envs 4.*--batch-size"),
         (("--env", "Hopper-v4"), "--env Hopper-v4.*Count, Sort, Add"),
     ],

@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import distributions as td
 from torch.func import functional_call, grad_and_value
 
@@ -407,9 +408,9 @@ def test_the_critic_learns_alone_at_first(source, tmp_path):
     kept = []
     report = dppo.Run.report
 
-    def keep(run, step, state, *rest):
+    def keep(run, step, state, *rest, **named):
         kept.append(state)
-        return report(run, step, state, *rest)
+        return report(run, step, state, *rest, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dppo.Run, "report", keep)
@@ -618,8 +619,8 @@ def test_a_stopped_run_goes_on(at, source, tmp_path, monkeypatch):
     def collect_reseeded(envs, obs, *rest):
         return collect(envs, envs.reset([8 * rollouts[-1] + i for i in range(4)]), *rest)
 
-    def report_and_stop(run, step, *rest):
-        report(run, step, *rest)
+    def report_and_stop(run, step, *rest, **named):
+        report(run, step, *rest, **named)
         rollouts.append(run.step // 32)
         calls.append(step)
         if len(calls) == stop_at:
@@ -645,12 +646,79 @@ def test_a_stopped_run_goes_on(at, source, tmp_path, monkeypatch):
     assert one == two
 
 
+def events(folder):
+    """What TensorBoard shows of a run: tags to their steps."""
+    found = EventAccumulator(str(folder))
+    found.Reload()
+    return {tag: [event.step for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def test_the_clone_is_evaluated_as_any_policy_is(source, tmp_path, capsys):
+    """The table's row of step 0 has its evaluation, TensorBoard its own tag for it, and it is told."""
+    dppo.train(small(**TASK, data=str(source), run_dir=str(tmp_path / "run")))
+    first = command.rows(tmp_path / "run")[0]
+    assert first["step"] == "0" and first["eval_return"] and first["data_return"] and first["clone_loss"]
+    assert f"0 steps: evaluation {float(first['eval_return']):.2f}" in capsys.readouterr().err
+    tags = events(tmp_path / "run")
+    assert tags["eval/return"] == [0, 32, 64, 96] and not {"losses/eval_return", "losses/eval_std"} & set(
+        tags
+    )
+
+
+def test_a_fault_in_the_clones_evaluation_leaves_the_clone(source, tmp_path, monkeypatch):
+    """A run that goes on without evaluations does not clone again."""
+    given = dict(**TASK, data=str(source))
+
+    def broken(*_):
+        raise RunFault("the simulator diverged")
+
+    with monkeypatch.context() as patch, pytest.raises(RunFault, match="evaluation at step 0: the simulator"):
+        patch.setattr(dppo.Evaluation, "__call__", broken)
+        dppo.train(small(**given, run_dir=str(tmp_path / "run")))
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pt", "--resume")
+    assert (saved["step"], saved["state"]["cloned"]) == (0, 40)
+    monkeypatch.setattr(dppo, "clone_policy", None)
+    dppo.train(small(**given | dict(data="gone"), resume=str(tmp_path / "run"), eval_every=0))
+    assert [row["step"] for row in command.rows(tmp_path / "run")] == ["0", "32", "64", "96"]
+
+
+def test_a_run_killed_in_its_cloning_has_each_of_its_rows_once(source, tmp_path, monkeypatch):
+    """Its checkpoint is of the second of five reports, and the kill comes after the third."""
+    monkeypatch.setattr(dppo, "AT_ONCE", 8)
+    given, report, calls = dict(**TASK, data=str(source)), dppo.Run.report, []
+    dppo.train(small(**given, run_dir=str(tmp_path / "whole"), total_steps=32))
+
+    def killed(run, *rest, **named):
+        calls.append(rest)
+        run._saved_at = -1e9 if len(calls) == 2 else 1e18
+        report(run, *rest, **named)
+        if len(calls) == 3:
+            run.close()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dppo.Run, "report", killed)
+        dppo.train(small(**given, run_dir=str(tmp_path / "killed"), total_steps=32))
+    dppo.train(small(**given, resume=str(tmp_path / "killed"), total_steps=32))
+    one, two = (command.rows(tmp_path / name) for name in ("whole", "killed"))
+    assert [row["clone_loss"] for row in one[:5]] == [row["clone_loss"] for row in two[:5]]
+    assert [row["step"] for row in two] == ["0"] * 5 + ["32"] and two[4]["eval_return"]
+
+
 def test_a_run_past_its_cloning_needs_no_data(source, tmp_path):
     common = dict(**TASK, eval_every=0)
     dppo.train(small(**common, data=str(source), run_dir=str(tmp_path / "run"), total_steps=32))
     changed = small(**common, data=str(tmp_path / "gone"), resume=str(tmp_path / "run"), total_steps=64)
     dppo.train(changed)
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt", "--resume")["step"] == 64
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_run_on_cuda_and_its_resumption(tmp_path):
+    data = str(agents.untrained(tmp_path / "data", "Pendulum-v1"))
+    common = dict(env="Pendulum-v1", data=data, chunk=2, device="cuda", compile=True)
+    assert np.isfinite(dppo.train(small(**common, total_steps=64, run_dir=str(tmp_path / "run"))))
+    assert np.isfinite(dppo.train(small(**common, total_steps=128, resume=str(tmp_path / "run"))))
 
 
 def test_chunks_and_no_clone(tmp_path):
@@ -707,6 +775,12 @@ def test_non_finite_rewards_stop_the_run(tmp_path):
         (dict(minibatch_size=33), r"--minibatch-size 33 is more than the actions .* of a rollout, 32"),
         (dict(clone_steps=-1), "--clone-steps must be at least 0, not -1"),
         (dict(warmup=-1), "--warmup must be at least 0, not -1"),
+        (dict(value_coef=-1.0), "--value-coef must be at least 0 and finite, not -1"),
+        (dict(data=""), "--data is empty; the folder of a run or minari:ID is meant"),
+        (
+            dict(data="nowhere", clone_steps=0),
+            "--data nowhere: --clone-steps 0 clones nobody; leave one of the two out",
+        ),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused(changes, message, source, tmp_path):

@@ -252,6 +252,8 @@ def test_scalar_observations():
         ("DiscreteObs", ["observations are Discrete(3)", "Box"]),
         ("MultiDiscreteAction", ["actions are MultiDiscrete([2 3])", "Box or a Discrete"]),
         ("DictAction", ["actions are Dict(", "Box or a Discrete"]),
+        ("EmptyObs", ["observations have the shape (0,)", "no number"]),
+        ("EmptyAction", ["actions have the shape (2, 0)", "no number"]),
     ],
 )
 def test_spaces_that_are_refused(name, words):
@@ -458,6 +460,18 @@ def test_a_non_finite_value_names_what_and_where(name, what):
     message, steps = run_until_fault(name)
     assert message == f"probe/Faulty-{name}-v0 returned a non-finite {what} in environment 1 of 3"
     assert steps == 40
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_reward_beyond_float32_is_told(monkeypatch):
+    """The agents compute in float32: 1e300 is infinite there."""
+    envs = make_envs("probe/OddReward-v0", 2)
+    envs.reset(range(2))
+    monkeypatch.setattr(envs.envs[1].unwrapped, "reward", np.array([-3e38]))
+    assert envs.step(np.zeros(2, int)).reward[1] == -3e38
+    monkeypatch.setattr(envs.envs[1].unwrapped, "reward", np.array([-1e300]))
+    with pytest.raises(EnvironmentFault, match=r"step returned a reward of 1e\+300 in size, which float32"):
+        envs.step(np.zeros(2, int))
 
 
 def test_a_non_finite_observation_at_a_reset_names_the_environment():

@@ -11,6 +11,9 @@ import pytest
 import torch
 
 from zoo import ppo
+from zoo.common.files import lock_folder, save_checkpoint
+
+HEADER = ",".join(estimators.COLUMNS)
 
 
 def episode(length, truncated, seed=0):
@@ -173,16 +176,119 @@ def test_scores_are_the_gradients_of_log_pi(tiny):
         (["--checkpoints", "nope.pt", "--stages", 5], ["--stages", "--checkpoints"]),
         (["--checkpoints", __file__], ["not a checkpoint"]),
         (["--plots"], ["--results", "psi.csv"]),
+        (
+            ["--runs", __file__, "--env", "CartPole-v1"],
+            [f"--runs {__file__}", "no folder that can be written"],
+        ),
     ],
     ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) and str(x[0]).startswith("--") else "",
 )
 def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, argv, words):
-    assert call(monkeypatch, [*argv, "--results", tmp_path, "--runs", tmp_path / "runs"]) == 2
+    assert call(monkeypatch, ["--results", tmp_path, "--runs", tmp_path / "runs", *argv]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words), (
         error
     )
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """The script, whose measurement of a checkpoint is a row of its step; a call of it, and what makes a
+    checkpoint."""
+
+    def agent(path):
+        content = torch.load(path, weights_only=True)
+        envs = SimpleNamespace(close=lambda: None)
+        return SimpleNamespace(env=content["env"], step=content["step"], theta=None, envs=envs)
+
+    def row(agent, *_):
+        return [("psi", "to-go", 0, "bias", float(agent.step), 0.0)], None
+
+    monkeypatch.setattr(estimators, "Agent", agent)
+    monkeypatch.setattr(estimators, "measure_gradients", row)
+    monkeypatch.setattr(estimators, "FIGURES", {"psi": estimators.FIGURES["psi"]})
+    for name in ("play", "measure_importance", "measure_kl", "draw"):
+        monkeypatch.setattr(estimators, name, lambda *_: [])
+
+    def checkpoint(name, step, env="CartPole-v1"):
+        content = {"agent": "ppo", "env": env, "args": {}, "state": {}, "step": step}
+        save_checkpoint(tmp_path / name, content)
+        return tmp_path / name
+
+    return lambda *argv: call(monkeypatch, ["--results", tmp_path / "results", *argv]), checkpoint
+
+
+def test_a_checkpoint_that_went_on_is_measured_again(quick, tmp_path):
+    """And two files of one folder are two measurements."""
+    run, checkpoint = quick
+    for steps in ((100, 200), (300, 200)):
+        files = [
+            checkpoint(name, step) for name, step in zip(("checkpoint.pt", "early.pt"), steps, strict=True)
+        ]
+        assert run("--checkpoints", *files) == 0
+        rows = estimators.read_table(tmp_path / "results" / "psi.csv")
+        assert [(int(row["stage"]), float(row["value"])) for row in rows] == [(step, step) for step in steps]
+
+
+def test_tables_of_another_task_are_not_replaced(quick, tmp_path, capsys):
+    run, checkpoint = quick
+    assert run("--checkpoints", checkpoint("checkpoint.pt", 1)) == 0
+    table = tmp_path / "results" / "psi.csv"
+    before = table.read_bytes()
+    for argv in (("--checkpoints", checkpoint("other.pt", 2, "Acrobot-v1")), ("--env", "Acrobot-v1")):
+        assert run(*argv, "--runs", tmp_path / "runs") == 2
+        error = capsys.readouterr().err
+        assert (
+            f"--results {table.parent}: holds the tables of CartPole-v1" in error and error.count("\n") == 1
+        )
+    assert table.read_bytes() == before and not (tmp_path / "runs").exists()
+    assert not list(tmp_path.glob("estimators_other*"))
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(quick, monkeypatch, tmp_path, capsys):
+    run, checkpoint = quick
+    file = checkpoint("checkpoint.pt", 1)
+    assert run("--checkpoints", file, "--results", file) == 2
+    assert f"--results {file}: is no folder that can be written" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "holds no measurements"),
+        (HEADER + "\n", "holds no measurements"),
+        (HEADER[: -len(",error")] + "\nCartPole-v1,1,psi,V,0,bias,1\n", "is no table of this script (KeyE"),
+        (HEADER + "\nCartPole-v1,1,psi,V,0,bias,one,0\n", "is no table of this script (ValueError"),
+        (HEADER + "\nCartPole-v1,1,psi,V,0,bias,1", "is no table of this script (TypeError"),
+    ],
+    ids=["nothing", "no rows", "a column", "a number", "cut short"],
+)
+def test_drawing_reads_the_tables_and_no_more(quick, tmp_path, capsys, text, words):
+    """A damaged one is refused in one line, and none is written again."""
+    run, checkpoint = quick
+    assert run("--checkpoints", checkpoint("checkpoint.pt", 1)) == 0
+    table = tmp_path / "results" / "psi.csv"
+    whole = table.read_bytes().replace(b"\n", b"\r\n")
+    table.write_bytes(whole)
+    assert run("--plots") == 0 and table.read_bytes() == whole
+    table.write_text(text)
+    assert run("--plots") == 2
+    error = capsys.readouterr().err
+    assert f"error: {table}: {words}" in error and error.count("\n") == 1 and table.read_text() == text
+
+
+def test_a_second_process_leaves_the_run_of_the_first_alone(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "runs" / "CartPole-v1_1_1024"
+    (folder / "run").mkdir(parents=True)
+    (folder / "run" / "progress.csv").touch()
+    argv = ["--env", "CartPole-v1", "--stages", 1024, "--runs", tmp_path / "runs", "--results", tmp_path]
+    with lock_folder(folder, "--runs"):
+        assert call(monkeypatch, argv) == 2
+    error = capsys.readouterr().err
+    assert f"--runs {folder}: run folder in use by process" in error and error.count("\n") == 1
+    assert (folder / "run" / "progress.csv").exists()
 
 
 def test_a_curve_is_the_median_of_the_stages_and_its_name_stands_where_it_ends():

@@ -74,10 +74,13 @@ def test_any_space(task, scale, tmp_path):
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path, command, monkeypatch):
+    (tmp_path / "folder.onnx").mkdir()
     for argv, words in (
         ([tmp_path], "holds no agent.pt"),
         ([tmp_path, "--out", tmp_path / "none" / "a.onnx"], f"no such folder as {tmp_path / 'none'}"),
         ([tmp_path, "--out", tmp_path / "a.pt"], "end the name in .onnx"),
+        ([tmp_path, "--out", tmp_path / "folder.onnx"], "folder.onnx: is a folder"),
+        ([""], "run is empty"),
     ):
         status, _, errors = command(*argv)
         assert status == 2 and len(errors) == 1 and words in errors[0]

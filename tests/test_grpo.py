@@ -75,6 +75,15 @@ def test_process_has_nothing_to_say_where_every_step_pays_the_same():
     assert advantages(same, ALIVE, Args(group_size=2))[0].tolist() == [1.0, -1.0, -0.5, 0.5]
 
 
+@pytest.mark.parametrize("kind", ["outcome", "to-go", "process"])
+def test_equal_returns_give_no_advantage_beside_their_standard_deviation(kind):
+    """Sevens, whose sum has to be rounded: over 1e-4 that would be a signal."""
+    gamma = 1.0 if kind == "process" else 0.99
+    args = Args(group_size=7, advantage=kind, std=True, gamma=gamma)
+    reward = torch.linspace(-1, 1, 200).repeat_interleave(7).expand(50, -1)
+    assert not advantages(reward, torch.ones_like(reward, dtype=torch.bool), args).any()
+
+
 def test_step_weights_by_hand():
     assert torch.equal(step_weights(ALIVE, "batch"), ALIVE.float())
     found = step_weights(ALIVE, "episode")  # lengths 3, 1, 2, 3, on average 9/4
@@ -452,6 +461,15 @@ def test_same_seed_same_table_and_a_resumed_run_goes_on_as_if_nothing_had_been(t
     assert rows(tmp_path / "halves") == tables["one"]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_a_run_on_cuda_and_its_resumption(tmp_path, env):
+    changes = dict(device="cuda", compile=True, beta=0.1, normalize_obs=True, num_epochs=1, eval_every=1000)
+    args = small(tmp_path / "run", env, total_steps=3200, **changes)
+    assert np.isfinite(grpo.train(args))
+    assert np.isfinite(grpo.train(replace(args, run_dir=None, resume=args.run_dir, total_steps=6400)))
+
+
 def test_cartpole_is_learnt(tmp_path):
     """The task's own settings, for an eighth of its steps; without learning it falls after 20."""
     args = Args.for_env(
@@ -532,6 +550,8 @@ def command_line(monkeypatch, capsys):
         (["--beta", "nan"], ["--beta", "at least 0", "nan"]),
         (["--clip", 0], ["--clip", "greater than 0", "0"]),
         (["--reference", "nowhere"], ["--reference nowhere", "no such folder"]),
+        (["--reference", ""], ["--reference is empty", "folder"]),
+        (["--bound-coef", -5], ["--bound-coef", "at least 0", "-5"]),
         (["--env", "probe/Unseeded-v0"], ["--env probe/Unseeded-v0", "ignores the seed", "--ungrouped"]),
         (["--env", "probe/MultiDiscreteAction-v0"], ["--env probe/MultiDiscreteAction-v0", "MultiDiscrete"]),
     ],

@@ -22,6 +22,19 @@ def test_group_advantages_by_hand():
     assert found[1].tolist() == [0.0, 0.0, 0.0]
 
 
+def test_equal_rewards_give_no_advantage_beside_their_standard_deviation():
+    """Seven, whose sum has to be rounded: over 1e-4 that would be a signal. The last group has one."""
+    equal = torch.linspace(-99.7, 101.3, 1000)[:, None].expand(-1, 7)
+    rewards = torch.cat((equal, torch.arange(7.0)[None]))
+    found = group_advantages(rewards, std=True)
+    assert not found[:-1].any() and found[-1].std().item() == pytest.approx(1, abs=1e-3)
+    mask = torch.ones(1001, 7, 5, dtype=torch.bool)
+    mask[:, 2, 3:] = False
+    steps = torch.where(mask, rewards[..., None], 99.0)
+    found = process_advantages(steps, mask, std=True)
+    assert not found[:-1].any() and found[-1].abs().max() > 1
+
+
 def test_process_advantages_by_hand():
     """Two responses, of two steps and of one, whose mean is 2; a token is credited with its own step."""
     reward = torch.tensor([[[1.0, 4.0], [1.0, 99.0]]])
@@ -216,6 +229,7 @@ def test_compiled_equals_eager(tmp_path, no_fallback):
         (("--level", "process", "--ratio", "response"), "--level process.*--ratio token"),
         (("--beta", "-1"), "--beta.*at least 0"),
         (("--total-steps", "3"), "--total-steps 3.*batch"),
+        (("--supervised-batch-size", "0"), "--supervised-batch-size must be at least 1, not 0"),
         (("--num-envs", "4"), "--num-envs 4.*--batch-size"),
     ],
 )

@@ -160,6 +160,15 @@ def test_samples_are_of_the_mixture(make):
         assert near.std(0).max() == pytest.approx(0.88 * target.std, rel=0.05)  # cut off at two of them
 
 
+@pytest.mark.parametrize("make", [mixtures.line, mixtures.ring])
+def test_samples_are_where_their_contexts_are(make):
+    """On the device that stands for any but the CPU; masses as well."""
+    target, context = make(), torch.zeros(4, dtype=torch.int64, device="meta")
+    x = target.sample(context, None)
+    assert x.shape == (4, target.dim) and x.device.type == target.reward(x).device.type == "meta"
+    assert target.masses(x, x[:, 0]).device.type == "meta"
+
+
 def test_the_ring_pays_two_opposite_modes_alike():
     target = mixtures.ring()
     paid = target.reward(target.mean[0])

@@ -87,6 +87,58 @@ def test_the_measurement_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert main("--report") == [*told[-2:], ["Wind", "faster", "10", "±", "0", "10"]] and not calls
 
 
+@pytest.fixture
+def table(tmp_path, monkeypatch, capsys):
+    """Runs own_tasks_ppo.py on a table of three rows: the exit status and stderr, no run taking time."""
+    monkeypatch.setattr(own_tasks_ppo, "run_zoo", lambda *_: (2.0, 0.0))
+    monkeypatch.setitem(own_tasks_ppo.OTHERS, "sb3", lambda *_: (2.0, 0.0))
+    path = tmp_path / "ppo.csv"
+    rows = ["Maze,zoo,1,1,0,5,", "Maze,zoo,2,1,0,5,", "Maze,mine,1,1,0,5,--clip 0.1"]
+    path.write_text("\n".join([",".join(own_tasks_ppo.COLUMNS), *rows]) + "\n")
+
+    def run(*arguments):
+        words = ["own_tasks_ppo.py", "--results", str(path), "--tasks", "Maze", "--side", "zoo", *arguments]
+        monkeypatch.setattr("sys.argv", words)
+        return own_tasks_ppo.main(), capsys.readouterr().err
+
+    return path, run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--trial", "mine=--clip 0.3"], "has it with '--clip 0.1', not '--clip 0.3'"),
+        (["--trial", "sb3=--clip 0.3"], "with a NAME that is none of the sides"),
+        (["--trial", "--clip 0.3"], "give NAME=ARGUMENTS"),
+        (["--trial", "new=--clip '0.3"], "No closing quotation"),
+        (["--trial", "new=--seed 3"], "given by this script"),
+        (["--trial", "new=--num-steps 0"], "--num-steps must be at least 1"),
+        (["--seeds", "-1"], "--seeds -1: a seed lies in [0, 2**31)"),
+        (["--results", "."], "--results .: is a folder"),
+        (["--results", f"{__file__}/x.csv"], "is no folder that can be written"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(table, arguments, reason):
+    path, run = table
+    before = path.read_text()
+    status, error = run(*arguments)
+    assert status == 2 and reason in error and error.count("\n") == 1 and path.read_text() == before
+
+
+def test_a_torn_last_line_is_measured_again_and_other_damage_told(table):
+    path, run = table
+    whole = path.read_text()
+    path.write_text(whole + "Maze,zoo,3,1")
+    assert run("--seeds", "3", "4") == (0, "")
+    rows = path.read_text().removeprefix(whole).splitlines()
+    assert [row.rpartition(",")[0].rpartition(",")[0] for row in rows] == ["Maze,zoo,3,2,0", "Maze,zoo,4,2,0"]
+    for damaged in (whole.replace("side", "Side"), whole + "Maze,zoo\n", whole + "Maze,zoo,5,x,0,5,\n"):
+        path.write_text(damaged)
+        status, error = run("--seeds", "5")
+        assert status == 2 and f"{path}: is damaged" in error and error.count("\n") == 1
+        assert path.read_text() == damaged
+
+
 def test_a_short_run_of_the_zoos_side(monkeypatch):
     monkeypatch.setattr(own_tasks_ppo, "STEPS", 2048)
     monkeypatch.setattr(own_tasks_ppo, "EPISODES", 2)

@@ -84,9 +84,46 @@ def test_bad_input_gets_one_line_and_status_2(tmp_path, command):
         (["--env", "None-v0", "--results", tmp_path], "no agent has results"),
         ([tmp_path / "a", "--labels", "one", "two"], "--labels: 2 names for 1 curves"),
         ([tmp_path / "a", "--out", tmp_path / "picture.xyz"], "--out"),
+        ([tmp_path / "a", "--out", tmp_path / "o"], "end the name in .png, .svg or .pdf"),
+        ([tmp_path / "a", "--columns"], "--columns: names of columns are missing"),
     ):
         status, lines = command(*arguments)
         assert status == 2 and len(lines) == 1 and reason in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("seed_1.csv", None, "cannot be read"),
+        ("seed_1.csv", b"\xff\xfe\x00", "is damaged"),
+        ("seed_1.csv", b"eval_return\n1\n", "lacks 'step'"),
+        ("seed_1.csv", b"step,eval_return\n1,2\nx,3\n", "is damaged"),
+        ("seed_1.csv", b"step,eval_return\n1,2\n2,nan\n", "nan stands where a number should"),
+        ("seed_1.csv", b"step,eval_return\n1,2\ninf,3\n", "inf stands where a number should"),
+        ("seed_1.csv", b"step,eval_return\n1,2\n1,3\n", "do not increase"),
+        ("seed_1.csv", b"step,eval_return\n2,2\n1,3\n", "do not increase"),
+        ("start.csv", b"seed\n1\n", "lacks 'eval_return'"),
+        ("start.csv", b"seed,eval_return\n1\n", "is damaged"),
+        ("start.csv", None, "cannot be read"),
+        ("meta.json", b"{", "is damaged"),
+        ("meta.json", b"[1]", "is damaged"),
+        ("meta.json", b'{"seeds": [1]}', "is damaged"),
+        ("meta.json", b'{"args": {"total_steps": Infinity}}', "is damaged"),
+        ("args.json", b'{"agent": ', "is damaged"),
+        ("../published.csv", b"agent,task,steps,value\nppo,a,x,1\n", "is damaged"),
+        ("../published.csv", b"agent,task,steps,value\nppo,a,1,1\n", "lacks kind, seeds, source, url"),
+        ("../published.csv", None, "cannot be read"),
+    ],
+)
+def test_a_file_that_is_not_as_it_should_be_is_named(tmp_path, command, name, content, reason):
+    write_seed(tmp_path / "a", 1, [(100, 1.0)])
+    path = (tmp_path / "a" / name).resolve()
+    path.unlink(missing_ok=True)
+    path.mkdir() if content is None else path.write_bytes(content)
+    picture = tmp_path / "picture.png"
+    status, lines = command(tmp_path / "a", "--results", tmp_path, "--out", picture)
+    assert status == 2 and len(lines) == 1 and not picture.exists()
+    assert lines[0].startswith(f"error: {path}") and reason in lines[0]
 
 
 def test_over_wall_time_stands_the_mean_of_the_seconds(tmp_path):

@@ -797,6 +797,19 @@ def test_compiled_equals_eager(tmp_path):
     assert same(results[0]["known"]["first"], results[1]["known"]["first"])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_a_run_on_cuda_and_its_resumption(tmp_path, env):
+    """Discrete actions on a fixed horizon, and continuous ones."""
+    changes = dict(
+        device="cuda", compile=True, num_epochs=2, eval_every=256, fixed_horizon=env == "CartPole-v1"
+    )
+    args = small(tmp_path / "run", env, total_steps=128 * 5, **changes)
+    assert np.isfinite(preferences.train(args))
+    args = replace(args, run_dir=None, resume=args.run_dir, total_steps=128 * 9)
+    assert np.isfinite(preferences.train(args))
+
+
 def test_a_resumed_run_goes_on_with_its_labels(tmp_path, monkeypatch):
     class Killed(Exception):
         pass
@@ -955,6 +968,11 @@ def command_line(monkeypatch, capsys):
         (["--equal", -1], ["--equal", "[0, 1]", "-1"]),
         (["--rationality", 0], ["--rationality", "greater than 0", "0"]),
         (["--pessimism", -1], ["--pessimism", "at least 0", "-1"]),
+        (["--value-coef", -1], ["--value-coef", "at least 0", "-1"]),
+        (["--entropy-coef", "inf"], ["--entropy-coef", "at least 0 and finite", "inf"]),
+        (["--bound-coef", -5], ["--bound-coef", "at least 0", "-5"]),
+        (["--kl-coef", -2], ["--kl-coef", "at least 0", "-2"]),
+        (["--members", 1], ["--members 1", "--queries disagreement", "--queries random"]),
         (["--reward-hidden", 0], ["--reward-hidden", "at least 1"]),
         (["--members", 0], ["--members", "at least 1"]),
         (["--ask", "human", "--ranked", 3], ["--ask human", "--ranked", "3"]),

@@ -296,6 +296,37 @@ def test_bad_input_is_one_line_and_status_2(made, monkeypatch, capsys):
         assert words in error and error.count("\n") == 1 and error.startswith("error: ")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("README.md", b"\xff", "README.md: is damaged"),
+        ("results/random.csv", b"task\nA-v0\n", "random.csv: lacks 'mean'"),
+        ("results/random.csv", b"task,mean\nA-v0,nan\n", "random.csv: is damaged: nan stands"),
+        ("results/published.csv", b"agent\nppo\n", "published.csv: lacks"),
+        ("results/ppo/A-v0/meta.json", None, "ppo/A-v0/meta.json is no meta.json of this script"),
+        ("results/ppo/A-v0/meta.json", ('"mean": 9', '"mean": NaN'), "the mean of seed 2 is nan"),
+        ("results/ppo/A-v0/meta.json", ('"total_steps"', '"x"'), "ppo/A-v0/meta.json: lacks 'total_steps'"),
+        ("results/ppo/A-v0/seed_2.csv", "gone", "ppo/A-v0/seed_2.csv is missing"),
+        ("results/ppo/A-v0/seed_2.csv", b"step,eval_return\n5,x\n", "ppo/A-v0/seed_2.csv: is damaged"),
+    ],
+)
+def test_a_file_that_is_not_as_it_should_be_is_named(made, monkeypatch, capsys, name, content, words):
+    pytest.importorskip("rliable", reason="pip install -e '.[report]'")
+    monkeypatch.setattr(report, "REPS", 20)
+    path = made.parent / name
+    if isinstance(content, tuple):
+        path.write_text(path.read_text().replace(*content))
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.unlink()
+        if content is None:
+            path.mkdir()
+    assert call(monkeypatch, made) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and error.startswith("error: ")
+
+
 def test_what_is_missing_is_named(made, monkeypatch, capsys):
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
     assert call(monkeypatch, made) == 2

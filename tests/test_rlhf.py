@@ -1,17 +1,19 @@
 """RLHF on tokens: the GPT and its cache, masks, estimators and losses by hand, the stages."""
 
 import json
+import math
+import shlex
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from command import recorded_updates, rows, run, run_script
+from command import ROOT, recorded_updates, rows, run, run_script
 from torch.func import grad
 from torch.nn.functional import logsigmoid
 
 from zoo import dpo, grpo_tokens, rlhf
-from zoo.common.errors import UsageError
+from zoo.common.errors import RunFault, UsageError
 from zoo.common.tokens import Add, Count, Sort
 from zoo.rlhf import Args, Responses, at_responses, generate, gumbel, log_probs, reward_scores
 
@@ -244,7 +246,10 @@ def test_the_reward_models_gradient_reaches_the_reward_model_only():
 
 # --- runs ---------------------------------------------------------------------------------------------------
 
-TINY = ("--dim", "8", "--heads", "2", "--batch-size", "32", "--eval-episodes", "64", "--no-progress")
+TINY = (
+    "--dim", "8", "--heads", "2", "--batch-size", "32", "--supervised-batch-size", "32",
+    "--eval-episodes", "64", "--no-progress",
+)  # fmt: skip
 SORT = (
     "--env", "Sort", "--digits", "3", "--supervised-steps", "4", "--comparisons", "64",
     "--reward-epochs", "2", "--total-steps", "128", *TINY,
@@ -335,6 +340,99 @@ def test_a_resumed_run_is_held_to_the_reference_it_began_with(agent_file, tmp_pa
     before = rows(tmp_path / "run")[-1]
     run(agent_file, "--resume", str(tmp_path / "run"), "--reference-scale", "5", "--batch-size", "64")
     assert rows(tmp_path / "run")[-1] == before and float(before["eval_kl"]) < 0.5
+
+
+@pytest.mark.parametrize("agent_file", [rlhf, dpo, grpo_tokens], ids=["rlhf", "dpo", "grpo_tokens"])
+def test_an_evaluation_that_was_owed_is_held_to_the_runs_own_reference(agent_file, finished, tmp_path):
+    """Killed in an evaluation and resumed, by arguments that would make another reference and without the
+    folders of other stages: the table of a run that was not."""
+    given = ("--env", "Sort", "--digits", "3", "--supervised-steps", "4", "--total-steps", "128", *TINY)
+    given, whole, killed = (*given, "--eval-every", "64"), tmp_path / "whole", tmp_path / "killed"
+    if agent_file is rlhf:
+        shutil.copytree(finished, tmp_path / "earlier")
+        given = (*given, "--reward", "rule", "--stage", "ppo", "--earlier", str(tmp_path / "earlier"))
+    run(agent_file, *given, "--run-dir", str(whole))
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(agent_file.Run, "_evaluated", die)
+        run(agent_file, *given, "--run-dir", str(killed))
+    if agent_file is rlhf:
+        shutil.rmtree(tmp_path / "earlier")
+        whole, killed = whole / "ppo", killed / "ppo"
+    assert [bool(row["eval_kl"]) for row in rows(whole)] == [False, True, False, True]
+    run(agent_file, "--resume", str(killed), "--reference-scale", "5")
+    assert rows(killed) == rows(whole)
+
+
+def test_the_reference_is_the_same_in_all_files(tmp_path):
+    """Whatever the batches of what comes after it; those of the demonstrations make another one."""
+    given = ("--env", "Sort", "--digits", "3", "--supervised-steps", "4", "--eval-every", "0", *TINY)
+
+    def reference(agent_file, *more):
+        folder = tmp_path / agent_file.__name__ / str(len(more))
+        if agent_file is rlhf:
+            run(rlhf, *given, "--stage", "supervised", *more, "--run-dir", str(folder))
+            return agent(folder / "supervised")["params"]
+        run(agent_file, *given, "--total-steps", "128", *more, "--run-dir", str(folder))
+        return torch.load(folder / "checkpoint.pt", weights_only=True)["state"]["ref"]
+
+    first = reference(rlhf)
+    for batch, agent_file in (("16", rlhf), ("64", dpo), ("128", grpo_tokens)):
+        assert torch.equal(reference(agent_file, "--batch-size", batch), first)
+        other = ("--batch-size", batch, "--supervised-batch-size", "16")
+        assert not torch.equal(reference(agent_file, *other), first)
+
+
+def test_a_stopped_command_names_itself_to_go_on_with_all_stages(finished, tmp_path, monkeypatch):
+    """Stopped by a fault in its ppo stage, before the first checkpoint, and by Ctrl-C after it; the command
+    that it tells then runs what is left."""
+    monkeypatch.chdir(tmp_path)
+    report = rlhf.Run.report
+
+    def broken(self, step, *rest):
+        if self.unit == "responses":
+            raise RunFault("power cut")
+        return report(self, step, *rest)
+
+    def stopped(self, step, *rest):
+        if self.unit == "responses":
+            self._process.stop_signal = 2
+        return report(self, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rlhf.Run, "report", broken)
+        status, told = run_script("rlhf", *SORT, "--reward", "rule")
+    (folder,) = (tmp_path / "runs").iterdir()
+    script = str(ROOT / "zoo" / "rlhf.py")
+    again = shlex.join(["python", script, *SORT, "--reward", "rule", "--run-dir", f"runs/{folder.name}"])
+    assert (status, told.splitlines()[-2:]) == (
+        1, ["error: power cut", f"no checkpoint had been written yet; resume with: {again}"]
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(rlhf.Run, "report", stopped)
+        status, told = run_script("rlhf", *shlex.split(again)[2:])
+    assert (status, told.splitlines()[-1]) == (130, f"interrupted at step 32; resume with: {again}")
+    assert run_script("rlhf", *shlex.split(again)[2:])[0] == 0
+    assert (folder / "ppo" / "agent.pt").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("env", ["Sort", "Count"])
+@pytest.mark.parametrize("agent_file", [rlhf, dpo, grpo_tokens], ids=["rlhf", "dpo", "grpo_tokens"])
+def test_a_run_on_cuda_and_its_resumption(agent_file, env, tmp_path):
+    """All stages, with two reward models, and the last one gone on with."""
+    given = ("--env", env, "--supervised-steps", "4", "--eval-every", "64", "--device", "cuda", *TINY)
+    if agent_file is not grpo_tokens:
+        given = (*given, "--comparisons", "64")
+    if agent_file is rlhf:
+        given = (*given, "--reward-epochs", "2", "--ensemble", "2", "--reward", "model")
+    folder = tmp_path / "run"
+    assert math.isfinite(run(agent_file, *given, "--total-steps", "128", "--run-dir", str(folder)))
+    folder = folder / "ppo" if agent_file is rlhf else folder
+    assert math.isfinite(run(agent_file, "--resume", str(folder), "--total-steps", "256"))
 
 
 @pytest.mark.parametrize(
@@ -478,7 +576,7 @@ def test_ptx_keeps_what_demonstrations_show(other, tmp_path):
         ),
         (("--stage", "reward", "--earlier", "nowhere"), "--stage reward.*supervised has not been run"),
         (("--env", "Sorted"), "--env Sorted.*nearest: Sort"),
-        (("--digits", "0"), r"--digits.*\[1, 16\].*empty response"),
+        (("--digits", "0"), r"--digits.*\[1, 17\].*empty response"),
         (("--beta", "-1"), "--beta.*at least 0"),
         (("--answers", "1"), "--answers.*at least 2"),
         (("--num-minibatches", "3"), "--num-minibatches 3.*--batch-size 32"),
@@ -487,6 +585,9 @@ def test_ptx_keeps_what_demonstrations_show(other, tmp_path):
         (("--env", "Count", "--other", "0.5"), "--other 0.5.*Sort"),
         (("--temperature", "0"), "--temperature.*greater than 0"),
         (("--total-steps", "10"), "--total-steps 10.*batch"),
+        (("--supervised-batch-size", "0"), "--supervised-batch-size must be at least 1, not 0"),
+        (("--value-coef", "-1"), "--value-coef must be at least 0 and finite, not -1"),
+        (("--stage", "ppo", "--earlier", ""), "--earlier is empty; a folder is meant"),
     ],
 )
 def test_bad_input_is_refused(arguments, words, tmp_path, monkeypatch):

@@ -359,6 +359,8 @@ class Code:
         ("format", "has format 99"),
         ("agent", "is of agent sac, not scripted"),
         ("env", "is of --env Other-v0, not Countdown-v0"),
+        ("args", "is not a checkpoint of the zoo"),
+        ("agent.pt", "checkpoint.pt is an agent.pt, from which no run can go on"),
         ("nothing", "holds no checkpoint.pt"),
         ("nowhere", "no such folder"),
     ],
@@ -375,8 +377,11 @@ def test_refused_checkpoints(tmp_path, monkeypatch, content, reason):
         data = bytearray(path.read_bytes())
         data[8000] ^= 1
         path.write_bytes(data if content == "flipped" else data[:8000])
-    elif content in ("format", "agent", "env"):
-        save_checkpoint(path, good | {content: {"format": 99, "agent": "sac", "env": "Other-v0"}[content]})
+    elif content in ("format", "agent", "env", "args"):
+        others = {"format": 99, "agent": "sac", "env": "Other-v0", "args": None}
+        save_checkpoint(path, good | {content: others[content]})
+    elif content == "agent.pt":
+        save_checkpoint(path, {name: good[name] for name in ("agent", "env", "args", "state")})
     elif content in ("code", "foreign"):
         torch.save({"x": Code()} if content == "code" else {"weights": torch.zeros(3)}, path)
     elif content in ("empty", "text", "pickle"):
@@ -386,6 +391,59 @@ def test_refused_checkpoints(tmp_path, monkeypatch, content, reason):
     message = str(refusal.value)
     assert reason in message and "\n" not in message and "--resume run" in message
     assert not Path("executed").exists()
+
+
+def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path):
+    """In the file's directory, which has no checksum: a thirteenth of its bits, and the one that makes an
+    entry a folder, of which torch would read nothing."""
+    path, content = tmp_path / "agent.pt", {"agent": "scripted", "env": "Countdown-v0", "args": {}}
+    save_checkpoint(path, content | {"state": {"weights": torch.arange(20.0)}})
+    whole, good = path.read_bytes(), str(load_checkpoint(path, "run"))
+    folder_bit = 8 * (whole.rindex(b"archive/data/0") - 8) + 4
+    for bit in (folder_bit, *range(8 * whole.index(b"PK\x01\x02"), 8 * len(whole), 13)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        try:
+            found = str(load_checkpoint(path, "run"))
+        except UsageError as error:
+            assert re.search("agent.pt is (torn|not a checkpoint)", str(error))
+        else:
+            assert found == good and bit != folder_bit
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("progress.csv", lambda text: "\ufeff" + text, "row 1 has no step"),
+        ("progress.csv", lambda text: text.replace(",", ";"), "row 1 has no step"),
+        ("progress.csv", lambda text: text.replace("step", "steps"), "row 1 has no step"),
+        ("progress.csv", lambda text: text.replace("\n400,", "\n4.0e2,"), "row 4 has no step"),
+        ("progress.csv", lambda text: text + "1000" + "," * 20 + "\n", "or more cells than the header"),
+        ("progress.csv", lambda text: "\udcff\udcfe\n" * 9, "'utf-8' codec can't decode"),
+        ("args.json", lambda text: "", "JSONDecodeError"),
+        ("args.json", lambda text: text[:99], "JSONDecodeError"),
+        ("args.json", lambda text: "null", "TypeError"),
+        ("args.json", lambda text: '{"args": null}', "TypeError"),
+    ],
+    ids=["bom", "semicolons", "renamed", "rounded", "longer", "binary", "empty", "cut", "null", "args"],
+)
+def test_what_another_program_has_changed_is_told_before_any_work(
+    tmp_path, monkeypatch, capsys, name, damage, words
+):
+    """And everything left as it was: what it was saved by has kept all of it but the form."""
+    folder = tmp_path / "run"
+    command_line(monkeypatch, capsys, "--run-dir", folder)
+    text = (folder / name).read_text()
+    (folder / name).write_bytes(damage(text).encode(errors="surrogateescape"))
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    status, lines = command_line(monkeypatch, capsys, "--resume", folder, "--total-steps", 1200)
+    assert status == 2 and len(lines) == 1 and words in lines[0]
+    assert lines[0].startswith(f"error: --resume {folder}: {name} is ")
+    assert lines[0].endswith("; mend it, or move it away to go on without it")
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"} == before
+    (folder / name).unlink()
+    assert command_line(monkeypatch, capsys, "--resume", folder, "--total-steps", 1200) == (0, [])
 
 
 def test_a_state_of_other_code_is_refused(tmp_path):
@@ -405,13 +463,30 @@ def test_a_finished_run_resumed_keeps_what_tells_how_it_was_made(tmp_path, monke
     """With other arguments, too: nothing was made by these. One line says why nothing is trained."""
     folder = tmp_path / "run"
     command_line(monkeypatch, capsys, "--run-dir", folder)
-    names = ("args.json", "agent.pt", "checkpoint.pt")
+    names = ("args.json", "agent.pt", "checkpoint.pt", "progress.csv")
     before = {name: (folder / name).read_bytes() for name in names}
     for given in (("--total-steps", "200"), ("--eval-episodes", "3")):
         monkeypatch.setattr(sys, "argv", ["agent.py", "--resume", str(folder), *given])
         main(Args, train, lambda env: {})
-        assert "finished at step 1,000; more --total-steps go on" in capsys.readouterr().err.splitlines()
+        told = capsys.readouterr()
+        assert "finished at step 1,000; more --total-steps go on" in told.err.splitlines()
+        assert f"over {3 if given[0] == '--eval-episodes' else 4} episodes" in told.out
     assert {name: (folder / name).read_bytes() for name in names} == before
+
+
+def test_a_final_evaluation_of_other_arguments_than_the_runs_is_not_recorded(tmp_path, monkeypatch, capsys):
+    """Of a run that was killed in its own: args.json tells of how many episodes it is."""
+    folder = tmp_path / "run"
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "_evaluated", killed)
+        train(Args(run_dir=str(folder), eval_every=0))
+    for episodes, recorded in (("3", False), ("4", True)):
+        assert command_line(monkeypatch, capsys, "--resume", folder, "--eval-episodes", episodes) == (0, [])
+        assert bool(rows(folder)[-1]["eval_return"]) == recorded
 
 
 def test_a_run_finished_but_for_its_agent_is_given_one_by_its_own_arguments(tmp_path, monkeypatch, capsys):
@@ -443,6 +518,23 @@ def test_resumed_with_another_argument(tmp_path, monkeypatch, capsys):
     given = ("--clip", "0.5", "--seed", "1", "--total-steps", "1200", "--eval-every", "100")
     assert command_line(monkeypatch, capsys, "--resume", folder, *given) == (0, [])
     assert [row["step"] for row in rows(folder) if row["eval_return"]][-2:] == ["1100", "1200"]
+
+
+def test_rows_of_a_step_that_came_after_its_checkpoint_are_logged_once(tmp_path, monkeypatch):
+    """An agent may report one step again and again, before its first one of the environments."""
+
+    def rows_of(folder, count, **where):
+        run = Run(Args(eval_every=0, **where), "scripted", no_evaluation)
+        done = run.restore({"done": 0})["done"]
+        for part in range(done + 1, count + 1):
+            run._saved_at = -1e9 if part == 2 else 1e18  # a checkpoint is due then
+            run.report(0, {"done": part}, {}, {"part": float(part)}, [])
+        run.close()
+        return [row["part"] for row in rows(folder)]
+
+    folder = tmp_path / "run"
+    assert rows_of(folder, 4, run_dir=str(folder)) == ["1", "2", "3", "4"]
+    assert rows_of(folder, 5, resume=str(folder)) == ["1", "2", "3", "4", "5"]
 
 
 # Killed and resumed
@@ -567,6 +659,29 @@ def test_second_signal_stops_at_once(tmp_path, monkeypatch, capfd):
     got = command_line(monkeypatch, capfd, "--run-dir", tmp_path / "run")
     assert got == (130, ["interrupted before the first checkpoint; start again"])
     assert signal.getsignal(signal.SIGINT) == before  # one run leaves nothing behind for the next
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_of_several_runs_in_a_process_the_last_is_told_of(tmp_path, monkeypatch, capfd, fault):
+    """It has no checkpoint yet, and is not in its final evaluation as the one before was."""
+    first = train
+
+    def both(args):
+        first(dataclasses.replace(args, run_dir=str(tmp_path / "first")))
+        run = Run(args, "scripted", no_evaluation)
+        if fault:
+            run.report(100, {}, {}, {"policy_loss": float("nan")}, [])
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(sys.modules[__name__], "train", both)
+    status, lines = command_line(monkeypatch, capfd, "--run-dir", tmp_path / "second")
+    if fault:
+        told = "error: policy_loss became nan in the iteration that ended at step 100"
+        assert (status, lines) == (1, [told, "no checkpoint had been written yet"])
+    else:
+        told = "stopping after this iteration; Ctrl-C again stops at once"
+        assert (status, lines) == (130, [told, "interrupted before the first checkpoint; start again"])
 
 
 def test_interrupted_in_the_final_evaluation(tmp_path, monkeypatch, capfd):
@@ -828,7 +943,7 @@ def test_track_offline(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb, "init", watched_init)
     train(Args(track=True, track_project="mine", run_dir=str(tmp_path / "run")))
     *told, summary = found
-    assert told == [10 + 4, "mine", "run", 0.2]  # reports and evaluations
+    assert told == [10 + 4, "mine", str(tmp_path / "run")[-128:], 0.2]  # reports and evaluations
     summary = {name: value for name, value in summary.items() if not name.startswith("_")}
     last = {name: float(value) for name, value in rows(tmp_path / "run")[-1].items()}
     own = {"eval/return": last["eval_return"], "eval/std": last["eval_std"], "losses/late": last["late"]}
@@ -838,6 +953,28 @@ def test_track_offline(tmp_path, monkeypatch):
         *("charts/episodic_return", "charts/episodic_length"),
     }
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))  # for `wandb sync`
+
+
+def test_folders_of_one_name_are_runs_of_their_own_at_wandb(tmp_path, monkeypatch):
+    """And a resumed run is the one that it was, wherever its folder is by then."""
+    (tmp_path / "wandb.py").write_text(
+        "class Error(Exception): ...\nclass Run: log = finish = lambda *_: None"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.chdir(tmp_path)
+    import wandb
+
+    asked = []
+    monkeypatch.setattr(wandb, "init", lambda **given: asked.append(given) or wandb.Run(), raising=False)
+    for folder in ("runs/a/ppo", "runs/b/ppo"):
+        train(Args(track=True, run_dir=folder))
+    Path("runs/a").rename("runs/c")
+    train(Args(track=True, resume="runs/c/ppo", total_steps=1100))
+    assert [given["name"] for given in asked] == ["a/ppo", "b/ppo", "c/ppo"]
+    first, second, resumed = (given["id"] for given in asked)
+    assert first == resumed != second and re.fullmatch(r"\w{16}", first)
+    monkeypatch.delitem(sys.modules, "wandb")
 
 
 # Evaluation
@@ -911,6 +1048,27 @@ def test_evaluation_of_a_control_agent(monkeypatch):
     with pytest.raises(KeyError):
         score({})
     assert made[-1].closed
+
+
+def test_a_milestone_is_saved_and_then_evaluated(tmp_path, capsys):
+    """Whatever step it is of; saved also where nothing is evaluated."""
+    folder, saved = tmp_path / "run", []
+
+    def score(acting):
+        saved.append(load_checkpoint(folder / "checkpoint.pt", "")["state"])
+        return no_evaluation(acting)
+
+    run = Run(Args(run_dir=str(folder)), "scripted", score)
+    run.report(0, {"w": 1.0}, {}, {}, [])
+    assert not (folder / "checkpoint.pt").exists()
+    run.report(0, {"w": 2.0}, {}, {}, [], milestone=True)
+    run.close()
+    assert saved == [{"w": 2.0}] and [row["eval_return"] for row in rows(folder)] == ["", "0"]
+    assert "0 steps: evaluation 0.00" in capsys.readouterr().err
+    run = Run(Args(run_dir=str(tmp_path / "none"), eval_every=0), "scripted", score)
+    run.report(0, {"w": 3.0}, {}, {}, [], milestone=True)
+    run.close()
+    assert load_checkpoint(tmp_path / "none" / "checkpoint.pt", "")["state"] == {"w": 3.0} and len(saved) == 1
 
 
 def test_report_is_cheap_when_nothing_is_due(tmp_path):

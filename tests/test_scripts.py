@@ -12,13 +12,19 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import benchmark
 import evaluate
+import export
+import gymnasium as gym
 import imageio.v3 as imageio
+import own_tasks_ppo
+import plot
 import pytest
+import report
 import speed
 import torch
 import watch
@@ -26,7 +32,7 @@ import watch
 import zoo.common.device
 from zoo import actor_critic, grpo, ppo, reinforce, sac, trpo
 from zoo.common.args import RunArgs
-from zoo.common.errors import UsageError
+from zoo.common.errors import RunFault, UsageError
 from zoo.common.files import load_checkpoint, save_checkpoint
 
 SCRIPTS = Path(benchmark.__file__).parent
@@ -228,6 +234,41 @@ def test_killed_runs_resume_finished_ones_are_collected_stale_ones_start_afresh(
     assert bench.calls() == ["CartPole-v1 2 resume", "CartPole-v1 3 fresh", "CartPole-v1 4 fresh"]
     assert [bench.curve(seed) for seed in range(1, 5)] == whole
     assert [bench.meta()["seeds"][s]["resumed_at_step"] for s in "1234"] == [None, 600, None, None]
+
+
+def test_a_longer_run_that_was_killed_at_an_evaluation_is_not_taken_for_a_finished_one(bench, tmp_path):
+    """Its agent.pt is the shorter run's, whose last row has an evaluation, too."""
+    assert bench(seeds="1") == 0
+    made = bench.runs / "seed_1" / "args.json"
+    made.write_text(made.read_text().replace('"total_steps": 900', '"total_steps": 1350'))
+    longer = ("--total-steps", "1350", "--results", str(tmp_path / "longer"))
+    job = benchmark.plan(benchmark.script_args(benchmark.Args, None, bench.argv(*longer, seeds="1")))[0]
+    assert not benchmark.is_finished(job)
+    with pytest.raises(RunFault, match=r"not the folder of a finished run .*stopped at step 900 of 1350"):
+        benchmark.record(job, 1)
+    assert bench(*longer, seeds="1") == 0
+    assert bench.calls() == ["CartPole-v1 1 fresh", "CartPole-v1 1 resume"]
+    meta = json.loads((tmp_path / "longer" / "stub" / "CartPole-v1" / "meta.json").read_text())
+    assert meta["seeds"]["1"]["steps"] == 1350
+
+
+def test_benchmarks_of_one_result_folder_lose_no_seed(bench, monkeypatch):
+    assert bench(seeds="1,2") == 0
+    shutil.rmtree(bench.results)
+    jobs = benchmark.plan(benchmark.script_args(benchmark.Args, None, bench.argv(seeds="1,2")))
+    other = threading.Thread(target=benchmark.record, args=(jobs[1], 1))
+    write = benchmark.write_meta
+
+    def interleaved(*given):
+        if not other.ident:  # what this one has read is old, if the other may write now
+            other.start()
+            other.join(timeout=0.5)
+        write(*given)
+
+    monkeypatch.setattr(benchmark, "write_meta", interleaved)
+    benchmark.record(jobs[0], 1)
+    other.join()
+    assert list(bench.meta()["seeds"]) == ["1", "2"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -462,13 +503,46 @@ def test_thinning_keeps_evaluations_the_first_and_the_last():
         (["--agent", "stubb"], "there are stub"),
         (["--args", "--rate -1"], "--rate is negative"),
         (["--args", "--seed 9"], "given by this script"),
+        (["--args", "--seed=1"], "given by this script"),  # the first seed's
+        (["--args", "--run_dir x"], "given by this script"),
         (["--args", "'"], "No closing quotation"),
+        (["--args", "--device cuda"], "torch sees no CUDA device"),
+        (["--seeds", "1,3000000000"], "a seed must be less than 2**31"),
+        (["--ray", ""], "--ray is empty"),
+        (["--results", __file__], f"--results {__file__}/stub/CartPole-v1: is no folder"),
+        (["--runs", __file__], f"--runs {__file__}/stub/CartPole-v1: is no folder"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(bench, capsys, more, message):
+def test_bad_input_is_one_line_and_status_2(bench, capsys, monkeypatch, more, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench(*more) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1 and not bench.calls()
+
+
+@pytest.mark.parametrize(
+    ("agent", "env"), [("ppo", "probe/MultiDiscreteAction-v0"), ("sac", "CartPole-v1")], ids=["ppo", "sac"]
+)
+def test_spaces_that_an_agent_does_not_act_in_are_refused_before_any_run(agent, env):
+    with pytest.raises(UsageError, match=r"actions are (MultiDiscrete|discrete)"):
+        benchmark.plan(benchmark.Args(agent=(agent,), env=(env,)))
+
+
+def test_what_is_given_twice_is_run_once(bench):
+    assert bench("--env", "CartPole-v1", "CartPole-v1", "--agent", "stub", "stub", seeds="1") == 0
+    assert bench.calls() == ["CartPole-v1 1 fresh"]
+    assert benchmark.entries(benchmark.Args(suite=("sac", "sac"))) == benchmark.SUITES["sac"]
+
+
+def test_whole_numbers_are_taken_as_the_agents_take_them(bench):
+    assert bench("--total-steps", "6e2", "--jobs", "1e0", seeds="1") == 0
+    assert bench.meta()["seeds"]["1"]["steps"] == 600
+
+
+def test_a_suite_is_run_with_the_seeds_given():
+    assert {tuple(entry.seeds) for entry in benchmark.entries(benchmark.Args(suite=("ppo",), seeds="7"))} == {
+        (7,)
+    }
 
 
 @pytest.mark.parametrize("suite", benchmark.SUITES)
@@ -493,6 +567,32 @@ def tiny(tmp_path_factory):
 def call(module, monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, argv)])
     return module.main()
+
+
+@pytest.mark.parametrize(
+    ("module", "where", "argv"),
+    [
+        (benchmark, "plan", ["--agent", "ppo", "--env", "CartPole-v1"]),
+        (evaluate, "zoo.load", ["x"]),
+        (export, "zoo.load", ["x"]),
+        (plot, "label", ["x"]),
+        (report, "needs", []),
+        (own_tasks_ppo, "measure", ["--results", "x.csv"]),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_ctrl_c_is_no_traceback_but_status_130(tmp_path, monkeypatch, capsys, module, where, argv):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(f"{module.__name__}.{where}", interrupted)
+    try:
+        status = call(module, monkeypatch, *argv)
+    except KeyboardInterrupt:  # which would end the tests
+        status = None
+    assert status == 130
+    assert capsys.readouterr().err.count("\n") <= 1
 
 
 @pytest.mark.parametrize(
@@ -553,6 +653,8 @@ def test_results_are_evaluated_and_watched_as_the_run_is(tiny, kept, tmp_path, m
 def test_evaluate_on_another_task(tiny, monkeypatch, capsys):
     assert call(evaluate, monkeypatch, tiny, "--episodes", 11, "--env", "CartPole-v0") == 0
     assert "over 11 episodes" in capsys.readouterr().out
+    assert call(evaluate, monkeypatch, tiny, "--episodes", "1e1") == 0
+    assert "over 10 episodes" in capsys.readouterr().out
 
 
 def test_evaluate_refuses_in_one_line(tiny, tmp_path, monkeypatch, capsys):
@@ -564,6 +666,7 @@ def test_evaluate_refuses_in_one_line(tiny, tmp_path, monkeypatch, capsys):
     (tmp_path / "unfinished" / "checkpoint.pt").touch()
     cases = [
         ([tmp_path / "nope"], "no such file or folder"),
+        ([""], "run is empty"),
         ([tiny / "args.json"], "is not a checkpoint of the zoo"),
         ([tmp_path / "unfinished"], "not finished"),
         ([tmp_path / "package.pt"], "no make_policy"),
@@ -595,6 +698,21 @@ def test_speed_steps_both_engines(env, monkeypatch, capsys):
     assert call(speed, monkeypatch, "--engine", "--pairs", 1, "--env", env) == 0
     out = capsys.readouterr().out
     assert "8 environments: " in out and "64 environments: " in out and "SyncVectorEnv" in out
+
+
+@pytest.mark.parametrize("whose", ["the task's", "SyncVectorEnv's"])
+def test_speed_tells_in_one_line_what_a_task_raises(whose, monkeypatch, capsys):
+    env = "probe/Faulty-raise-v0" if whose == "the task's" else "CartPole-v1"
+    if env == "CartPole-v1":
+        monkeypatch.setattr(gym.vector.SyncVectorEnv, "step", lambda *_: 1 / 0)
+    assert call(speed, monkeypatch, "--engine", "--pairs", 1, "--env", env) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {env} raised ZeroDivisionError in step: ") and error.count("\n") == 1
+
+
+def test_speed_says_how_many_steps_were_given(monkeypatch, capsys):
+    assert call(speed, monkeypatch, "--steps", 100) == 2
+    assert capsys.readouterr().err.endswith("(the first tenth is warm-up), not 100\n")
 
 
 def test_speed_measures_whole_epochs_by_minibatch(monkeypatch, capsys):

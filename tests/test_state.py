@@ -89,7 +89,7 @@ def test_round_trip_through_a_file(tmp_path):
     }
     save_checkpoint(tmp_path / "checkpoint.pt", content)
     assert (tmp_path / "checkpoint.pt").stat().st_size < 20_000  # not the 40,000 bytes behind the view
-    saved = load_checkpoint(tmp_path / "checkpoint.pt", "--resume", "x", "y")["state"]["kept"]
+    saved = load_checkpoint(tmp_path / "checkpoint.pt", "run", "x", "y")["state"]["kept"]
     back = restored(new, dict(reversed(saved.items())), seed=1, step=10)
     assert type(back) is State and type(back.stats) is Inner and back.stats.count == 7
     assert back.params.dtype == torch.float64 and back.params.tolist() == [0, 1, 2]

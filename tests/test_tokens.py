@@ -51,12 +51,14 @@ def test_the_answer_is_exact_and_nothing_pays_more(task):
     assert (task.reward(prompt, other) <= best).all() and not task.exact(prompt, other).all()
 
 
-def test_add_adds():
-    """Against Python's integers."""
-    task = Add(3)
-    prompt = task.prompts(300, generator())
+@pytest.mark.parametrize("count", [3, 17])
+def test_add_adds(count):
+    """Against Python's integers; 17 digits are the most."""
+    task = make_task("Add", count)
+    largest = torch.tensor([[9] * count + [task.PLUS] + [9] * count])
+    prompt = torch.cat((task.prompts(300, generator()), largest))
     for row, answer in zip(prompt.tolist(), task.answer(prompt).tolist(), strict=True):
-        a, b = (int("".join(map(str, part))) for part in (row[:3], row[4:]))
+        a, b = (int("".join(map(str, part))) for part in (row[:count], row[count + 1 :]))
         digits = answer[: answer.index(11)]
         assert int("".join(map(str, reversed(digits)))) == a + b and set(answer[len(digits) :]) == {11}
 
@@ -256,7 +258,7 @@ def test_the_agents_find_the_environments_by_module_and_id():
         (dict(name="Sorted"), "Sorted.*nearest: Sort"),
         (dict(name="CartPole-v1"), "CartPole-v1.*Count, Sort, Add"),
         (dict(name="Sort", digits=0), "empty response"),
-        (dict(name="Add", digits=17), "17"),
+        (dict(name="Add", digits=18), r"\[1, 17\], not 18.*sums of 18 overflow"),
         (dict(name="Count", digits=3), "Count has none"),
     ],
 )

@@ -1,6 +1,7 @@
 """scripts/tune.py: the ranges that follow from an agent's arguments, and two tiny trials."""
 
 import math
+import shlex
 from types import SimpleNamespace
 from typing import Literal
 
@@ -8,6 +9,8 @@ import pytest
 import tune
 
 from zoo import actor_critic, ppo, reinforce, sac, trpo
+from zoo.common.args import lookup_in
+from zoo.common.cli import parse
 from zoo.common.errors import UsageError
 
 TINY = "--total-steps 64 --num-envs 2 --num-steps 8 --minibatch-size 16 --no-compile --eval-episodes 1"
@@ -71,6 +74,33 @@ def test_ranges_that_are_given_replace_the_derived_ones():
     assert found["hidden"].choices == ((32, 32), (64,)) and found["target_kl"].choices == (0.01, 0.02)
 
 
+def test_what_the_arguments_say_is_not_searched_unless_it_is_named():
+    given = "--learning-rate=1e-3 --num_steps 8 --no-anneal"
+    found = ranges(args=given)
+    assert "gamma" in found and not {"learning_rate", "num_steps", "anneal"} & found.keys()
+    assert ranges(args=given, only=("num_steps",)).keys() == {"num_steps"}
+    assert "learning_rate" in ranges(args=given, space=("learning_rate=1e-4..1e-2",))
+
+
+@pytest.mark.parametrize("given", ["--eval-every 128", "--eval-every=128", "--eval_every 128", ""])
+def test_evaluations_come_as_the_arguments_say_else_ten_a_trial(given):
+    args = tune.Args(env="CartPole-v1", args=f"--total-steps 5e3 {given}")
+    assert tune.arguments(ppo, args).eval_every == (128 if given else 500)
+
+
+@pytest.mark.parametrize("given", ["--seed 3", "--env=Acrobot-v1", "--run_dir x", "--resume x", "'"])
+def test_arguments_that_are_not_the_runs_are_refused(given):
+    with pytest.raises(UsageError, match=r"^--args .*(given by this script|No closing quotation)"):
+        tune.arguments(ppo, tune.Args(env="CartPole-v1", args=given))
+
+
+def test_the_confirming_seeds_are_not_those_of_the_search(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(tune, "score", lambda module, args, seeds, folder: float(seen.extend(seeds) or 1))
+    tune.compare(ppo, ppo.Args(), {}, 2, [1, 1001, 1003], tmp_path)
+    assert seen == [1002, 1004] * 2 and "over seeds 1002, 1004\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -100,6 +130,12 @@ def test_the_command_of_the_best_trial():
         "python zoo/ppo.py --env CartPole-v1 --learning-rate 0.00123457 --no-anneal "
         "--recompute-advantages --hidden 32 32"
     )
+
+
+def test_the_command_of_the_best_trial_runs_it_whatever_the_arguments_were():
+    words = shlex.split(tune.command("ppo", "CartPole-v1", {"clip": 0.3}, "--clip 0.1 --gamma 0.9"))
+    made = parse(ppo.Args, lookup_in(ppo.Args), words[2:])
+    assert (made.clip, made.gamma) == (0.3, 0.9)
 
 
 def test_what_is_missing_is_named(monkeypatch, capsys):
@@ -145,6 +181,19 @@ def test_two_trials_are_made_kept_and_gone_on_with(search, tmp_path, capsys, mon
     assert {path.name for path in tmp_path.iterdir()} <= {"study.db", "importance.png", ".lock"}
     assert search("--trials", "3", args=TINY + " --num-epochs 2") == 2
     assert "holds a search with other args" in capsys.readouterr().err
+    assert search("--trials", "3", "--space", "gamma=0.9|0.99") == 2
+    error = capsys.readouterr().err
+    assert "holds a search with other ranges" in error and error.count("\n") == 1
+
+
+def test_a_file_that_is_no_study_is_told(search, tmp_path, capsys):
+    (tmp_path / "study.db").write_text("something else" * 100)
+    assert search() == 2
+    error = capsys.readouterr().err
+    assert "study.db is no search of Optuna's" in error and error.count("\n") == 1
+    assert search("--folder", str(tmp_path / "study.db")) == 2
+    error = capsys.readouterr().err
+    assert "is no folder that can be written" in error and error.count("\n") == 1
 
 
 def test_arguments_that_do_not_go_together_are_told(search, capsys):

@@ -180,14 +180,18 @@ def test_a_failed_video_leaves_the_old_one(cartpole, tmp_path, command, monkeypa
 
 
 def test_bad_input_is_one_line_and_status_2(cartpole, tmp_path, command):
+    (tmp_path / "folder.gif").mkdir()
     blind = agents.untrained(tmp_path / "blind", "probe/Endless-v0")
     for argv, words in (
         ([cartpole, "--video", tmp_path / "none" / "a.gif"], f"no such folder as {tmp_path / 'none'}"),
         ([cartpole, "--video", tmp_path / "a.avi"], "end the name in .mp4 or .gif"),
+        ([cartpole, "--video", tmp_path / "folder.gif"], "folder.gif: is a folder"),
         ([tmp_path, "--video", tmp_path / "a.gif"], "holds no agent.pt"),
+        (["", "--video", tmp_path / "a.gif"], "run is empty"),
         ([blind, "--video", tmp_path / "a.gif"], "its metadata's render_modes lack 'rgb_array'"),
         ([cartpole, "--video", tmp_path / "a.gif", "--episodes", 0], "--episodes must be at least 1"),
         ([cartpole, "--video", tmp_path / "a.gif", "--seconds", -1], "--seconds must be at least 0"),
+        ([cartpole, "--video", tmp_path / "a.gif", "--seconds", "inf"], "and finite, not inf"),
         ([cartpole, "--video", tmp_path / "a.gif", "--size", 7], "--size must lie in [16, 4096], not 7"),
     ):  # fmt: skip
         status, _, errors = command(*argv)

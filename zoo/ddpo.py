@@ -26,7 +26,7 @@ computed, not sampled.
 
     python zoo/ddpo.py                          two mixtures on a line: within 0.04 of the best J in 30 s
     python zoo/ddpo.py --kl loss                the same with (29): ends ten times as far from the tilt
-    python zoo/ddpo.py --env ring --kl none     most mass ends on one of two equal modes
+    python zoo/ddpo.py --env ring --kl none     most mass usually ends on one of two equal modes
     python zoo/ddpo.py --env digits             8 x 8 digits, wanted: threes (needs the extra `digits`)
 """
 
@@ -332,7 +332,7 @@ def check(args: Args) -> None:
     require(args.steps >= 2, f"--steps must be at least 2, not {args.steps}")
     require(
         args.eta > 0,
-        f"--eta {args.eta:g}: steps without noise have no log-probability; it must be greater than 0",
+        f"--eta {args.eta:g}: no noise would be left but --min-sigma's; it must be greater than 0",
     )
     require(
         args.method == "is" or args.clip is None,

@@ -11,7 +11,7 @@ L_t(x) = log(pi / pi_ref)(x_{t-1} | x_t):
     standard    -log sigmoid(-beta T w_t (D_t(x^w) - D_t(x^l)))             S0 (33): samples noised anew
                 D_t = |eps - eps_theta|^2 - |eps - eps_ref|^2        -w_t D_t is L_t's mean under q where w_t
                                                                      is the VLB's weight
-    notes35     SG[sigmoid(R_l - R_w)] (|x^w_{t-1} - mu|^2 - |x^l_{t-1} - mu|^2) / 2 sigma_t^2
+    notes35     beta SG[sigmoid(R_l - R_w)] (|x^w_{t-1} - mu|^2 - |x^l_{t-1} - mu|^2) / 2 sigma_t^2
                 R = beta |mu - mu_ref|^2 / 2 sigma_t^2                      S0 (35), a negative result
 
 The last is S0's correction of (33). Its R does not depend on what was preferred, so that its weight does not
@@ -342,7 +342,7 @@ def check(args: Args) -> None:
     require(args.steps >= 2, f"--steps must be at least 2, not {args.steps}")
     require(
         args.eta > 0,
-        f"--eta {args.eta:g}: steps without noise have no log-probability; it must be greater than 0",
+        f"--eta {args.eta:g}: no noise would be left but --min-sigma's; it must be greater than 0",
     )
     least = min(args.num_pairs, args.total_steps)
     require(

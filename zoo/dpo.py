@@ -39,8 +39,8 @@ from zoo.common.tokens import Task, make_task, measure, rank
 @dataclass
 class Args(RunArgs):
     kept: ClassVar = (
-        *RunArgs.kept, "digits", "dim", "layers", "heads", "supervised_steps", "other", "comparisons",
-        "online", "temperature", "label_error",
+        *RunArgs.kept, "digits", "dim", "layers", "heads", "supervised_steps", "supervised_batch_size",
+        "other", "comparisons", "online", "temperature", "label_error",
     )  # fmt: skip
     idle: ClassVar = ("num_envs", "env_threads")
 
@@ -53,6 +53,7 @@ class Args(RunArgs):
     layers: int = 2  # its blocks
     heads: int = 4  # attention heads of a block
     supervised_steps: int = 40  # batches of demonstrations that make the reference
+    supervised_batch_size: int = 256  # demonstrations in each
     supervised_learning_rate: float = 3e-3  # Adam's, after a warm-up of 20 steps
     other: float = 0.0  # share of the demonstrations that are another task's: reversing (Sort only)
     reference_scale: float = 1.0  # factor on the first logits: how decided an untrained policy is
@@ -309,7 +310,7 @@ def supervised_step(
     policy: Forward, task: Task, args, step: int, params: Tensor, opt: Moments, generator: torch.Generator
 ) -> tuple[Tensor, Moments, Tensor]:
     """Step `step` on demonstrations: the new parameters, Adam's state, and the loss before the step."""
-    prompt, answer = task.demonstrations(args.batch_size, generator, args.other)
+    prompt, answer = task.demonstrations(args.supervised_batch_size, generator, args.other)
 
     def loss(params: Tensor) -> Tensor:
         return supervised_loss(log_probs(policy, params, prompt, answer), task.mask(answer))
@@ -357,7 +358,9 @@ def check(args: Args) -> None:
     """Refuse arguments that cannot work together."""
     check_args(
         args,
-        at_least_1=("dim", "layers", "heads", "comparisons", "online", "batch_size"),
+        at_least_1=(
+            "dim", "layers", "heads", "supervised_batch_size", "comparisons", "online", "batch_size",
+        ),
         fractions=("other", "label_error"),
         positive=(
             "supervised_learning_rate",
@@ -366,7 +369,7 @@ def check(args: Args) -> None:
             "learning_rate",
             "max_grad_norm",
         ),
-    )
+    )  # fmt: skip
     require(
         args.num_envs == 1, f"--num-envs {args.num_envs}: tasks of tokens have none; --batch-size is meant"
     )

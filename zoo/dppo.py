@@ -98,7 +98,9 @@ class Args(RunArgs):
 
     @property
     def rows(self) -> int:
-        """Denoising steps of an epoch, in whole minibatches: a rollout has them, wherever episodes end."""
+        """Denoising steps of an epoch: of the fewest actions (chunks) that a rollout can have, wherever
+        episodes end, as many as fill whole minibatches.
+        """
         decisions = self.num_envs * -(-self.num_steps // self.chunk)
         return decisions // self.minibatch_size * self.minibatch_size * self.chain
 
@@ -441,12 +443,11 @@ def make_policy(envs: VectorEnv, args: Args, agent: dict) -> Policy:
 
 
 def clone_policy(
-    state: State, episodes: list[Episode], forward: Callable, schedule: Schedule, evaluation: Evaluation,
-    run: Run, args: Args,
-) -> State:  # fmt: skip
+    state: State, episodes: list[Episode], forward: Callable, schedule: Schedule, run: Run, args: Args
+) -> State:
     """The state after cloning what the episodes show, reported as step 0 of the run as it goes.
 
-    At the end the clone is evaluated, and the critic's optimiser begins anew with the policy's.
+    At the end the clone is saved and evaluated, and the critic's optimiser begins anew with the policy's.
     """
     seen, shown = windows(episodes, args.chunk)
     device, generator = state.params.device, state.generator
@@ -468,14 +469,13 @@ def clone_policy(
         batches = Demonstrated(obs[rows], action[rows], eps, k)
         params, opt, loss = clone_compiled(state.params, state.opt, batches, rate)
         done, metrics = state.cloned + count, {"clone_loss": loss}
-        if done == args.clone_steps:
+        cloned = done == args.clone_steps
+        if cloned:
             opt = new_adam(params)
             returned = mean_return(episodes)
             metrics |= {} if returned is None else {"data_return": torch.tensor(returned)}
-            if args.eval_every:
-                metrics |= evaluation({"params": params, "obs_stats": state.obs_stats})
         state = state._replace(params=params, opt=opt, cloned=done)
-        run.report(0, state, acting(state), metrics, [])
+        run.report(0, state, acting(state), metrics, [], milestone=cloned)
     return state
 
 
@@ -489,11 +489,19 @@ def check(args: Args) -> None:
         ),
         fractions=("eta", "gamma", "gae_lambda", "denoising_gamma"),
         positive=("min_std", "clone_rate", "learning_rate", "clip", "max_grad_norm"),
-        finite=("value_coef",),
     )  # fmt: skip
     for name in ("clone_steps", "warmup"):
         value = getattr(args, name)
         require(value >= 0, f"--{name.replace('_', '-')} must be at least 0, not {value}")
+    require(
+        0 <= args.value_coef < float("inf"),
+        f"--value-coef must be at least 0 and finite, not {args.value_coef:g}",
+    )
+    require(args.data != "", "--data is empty; the folder of a run or minari:ID is meant")
+    require(
+        args.data is None or args.clone_steps > 0,
+        f"--data {args.data}: --clone-steps 0 clones nobody; leave one of the two out",
+    )
     require(
         args.data is not None or args.clone_steps == 0,
         "--data: whom to clone is missing: the folder of a run whose agent plays, or minari:ID; "
@@ -544,14 +552,13 @@ def train(args: Args) -> float:
 
     load = loader(net)
     fine_tune_compiled = compile_function(partial(fine_tune, forward, schedule, args), device, args.compile)
-    evaluation = Evaluation(args, make_policy)
-    run = Run(args, "dppo", evaluation, engine=envs.engine)
+    run = Run(args, "dppo", Evaluation(args, make_policy), engine=envs.engine)
     generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "noise"))
     obs_stats, return_stats = new_stats(envs.obs_dim, device=device), new_stats(device=device)
     state = run.restore(State(params, new_adam(params), obs_stats, return_stats, 0, generator))
     if state.cloned < args.clone_steps:
         episodes = episodes or open_demonstrations(str(args.data), envs)(args.data_steps, args.seed)
-        state = clone_policy(state, episodes, forward, schedule, evaluation, run, args)
+        state = clone_policy(state, episodes, forward, schedule, run, args)
     params, opt, obs_stats, return_stats, done, generator = state
     load(params)
     # a resumed run begins new episodes
@@ -561,6 +568,7 @@ def train(args: Args) -> float:
     while run.step < args.total_steps:
         remaining = 1 - run.step / args.total_steps if args.anneal else 1.0
         learning_rate = torch.tensor(args.learning_rate * remaining, device=device)
+        # the zeros of a warm-up stay in Adam's moments: the policy's first steps are up to 3.5 times as large
         warm = run.step >= args.warmup * args.num_envs * args.num_steps
         noise = torch.empty(args.num_steps, args.chain + 1, args.num_envs, size, device=device)
         policy = policy_at(net, schedule, obs_stats)

@@ -18,7 +18,8 @@ another objective, and where every step pays the same (CartPole-v1) it leaves no
     --std          divide by the standard deviation (GRPO) or not (GPG, Chu et al. 2025, arXiv:2504.02546)
     --length       w_i: 1 for every step (batch), or the mean length over the episode's own (episode): GRPO's
                    1 / |o|, which favours short good and long bad episodes (arXiv:2503.20783)
-    --kl, --kl-in  k1, k2, k3; in the rewards, where k1 has ref exp(R / beta) / Z as its optimum, or as a loss
+    --kl, --kl-in  k1, k2, k3; as a loss or in the rewards, where k1 has ref exp(R / beta) / Z, of whole
+                   episodes, as its optimum if the task is deterministic and gamma 1
     --reference    a finished run's policy, from which to start and near which to stay; none: the first policy
     --ungrouped    a seed for each environment: episodes that have nothing in common, for the comparison
 
@@ -30,7 +31,7 @@ Episodes are whole, as in zoo/reinforce.py; one cut by a time limit misses its t
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
@@ -89,7 +90,7 @@ SETTINGS: dict[str, dict] = {
         eval_every=50_000, eval_episodes=100,
     ),
     "Acrobot-v1": dict(eval_episodes=100),
-    # long episodes: few in a batch, so that there are many updates, and what follows a step its reward
+    # long episodes: few in a batch, so that there are many updates; a step is paid what follows it
     "HalfCheetah-v4": dict(advantage="to-go", gamma=0.99, num_envs=8),
 }  # fmt: skip
 
@@ -213,6 +214,8 @@ def group_advantages(reward: Tensor, std: bool) -> Tensor:
     which scales the expected gradient by 1 - 1 / G.
     """
     centred = reward - reward.mean(1, keepdim=True)
+    if std:  # equal rewards give 0, not the rounding of their mean over 1e-4
+        centred = centred.masked_fill(reward.amax(1, keepdim=True) == reward.amin(1, keepdim=True), 0.0)
     return centred / (reward.std(1, keepdim=True) + 1e-4) if std else centred
 
 
@@ -226,6 +229,8 @@ def process_advantages(step_reward: Tensor, mask: Tensor, std: bool) -> Tensor:
     count = mask.sum((1, 2), keepdim=True)
     centred = (step_reward - (step_reward * mask).sum((1, 2), keepdim=True) / count) * mask
     if std:
+        equal = ((step_reward == step_reward[:, :1, :1]) | ~mask).flatten(1).all(1)
+        centred = centred.masked_fill(equal[:, None, None], 0.0)  # as for whole responses
         centred = centred / (((centred**2).sum((1, 2), keepdim=True) / (count - 1)).sqrt() + 1e-4)
     return centred.flip(-1).cumsum(-1).flip(-1) * mask
 
@@ -275,10 +280,10 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tens
 
 
 def outside(dist: Gaussian | Categorical) -> Tensor:
-    """How far means lie outside [-1, 1], squared, () summed over the dimensions where all of a batch's do.
+    """How far means lie outside [-1, 1], squared and summed over those dimensions in which all rows do; ().
 
-    There every sample is clipped to much the same action in every state, so that no reward tells the policy
-    to come back. Where some states are inside, the others may well want their bound, and nothing is added.
+    There nearly every sample is clipped to a bound in every state, so that no reward tells the policy to come
+    back. Where some states are inside, the others may well want their bound, and nothing is added.
     """
     if isinstance(dist, Categorical):
         return dist.logits.new_zeros(())
@@ -435,8 +440,13 @@ def check(args: Args) -> None:
         at_least_1=("group_size", "num_epochs", "minibatch_size", "hidden"),
         fractions=("gamma",),
         positive=("learning_rate", "clip", "max_grad_norm"),
-        finite=("bound_coef", "log_std"),
+        finite=("log_std",),
     )
+    require(
+        0 <= args.bound_coef < float("inf"),
+        f"--bound-coef must be at least 0 and finite, not {args.bound_coef:g}",
+    )
+    require(args.reference != "", "--reference is empty; a folder is meant")
     require(
         args.kl_in == "loss" or not args.kl_correction,
         "--kl-correction weighs the KL in the loss; --kl-in loss is meant",
@@ -483,6 +493,7 @@ def start_from(folder: str, params: Tensor, obs_stats: Stats, env: str) -> tuple
 def train(args: Args) -> float:
     """Run GRPO; the mean return of the final evaluation."""
     check(args)
+    args = replace(args)  # the caller's stay as they are
     device = setup(args.device, args.threads)
     envs = make_envs(args.env, args.num_envs, threads=args.env_threads)
     if not args.ungrouped:

@@ -15,7 +15,8 @@ What differs between the papers is a flag each:
     --kl, --kl-in     k3 as a loss (GRPO), or k1 in the reward, which has ref exp(r / beta) / Z as its optimum
     --kl-level        as a loss: of each token, or of the whole response, whose log-ratio is summed first
     --kl-correction   as a loss: times pi / old. k1 and k3 then have the KL's gradient, of whole responses,
-                      which they have not without; k2 has it without, and with the correction has not
+                      which they have not without; k2 has it without, while the samples are the policy's own
+                      (a batch's first step), and with the correction has not
 
 The defaults are those whose fixed point is the optimum. GRPO as in its paper:
 --std --length response --kl k3 --kl-in loss --kl-level token.
@@ -44,7 +45,10 @@ from zoo.common.tokens import Task, make_task, measure
 
 @dataclass
 class Args(RunArgs):
-    kept: ClassVar = (*RunArgs.kept, "digits", "dim", "layers", "heads", "supervised_steps", "other")
+    kept: ClassVar = (
+        *RunArgs.kept, "digits", "dim", "layers", "heads", "supervised_steps", "supervised_batch_size",
+        "other",
+    )  # fmt: skip
     idle: ClassVar = ("num_envs", "env_threads")
 
     env: str = "Sort"  # the task: Count, Sort or Add
@@ -56,6 +60,7 @@ class Args(RunArgs):
     layers: int = 2  # its blocks
     heads: int = 4  # attention heads of a block
     supervised_steps: int = 40  # batches of demonstrations that make the reference
+    supervised_batch_size: int = 256  # demonstrations in each
     supervised_learning_rate: float = 3e-3  # Adam's, after a warm-up of 20 steps
     other: float = 0.0  # share of the demonstrations that are another task's: reversing (Sort only)
     reference_scale: float = 1.0  # factor on the first logits: how decided an untrained policy is
@@ -242,6 +247,8 @@ def group_advantages(reward: Tensor, std: bool) -> Tensor:
     which scales the expected gradient by 1 - 1 / G.
     """
     centred = reward - reward.mean(1, keepdim=True)
+    if std:  # equal rewards give 0, not the rounding of their mean over 1e-4
+        centred = centred.masked_fill(reward.amax(1, keepdim=True) == reward.amin(1, keepdim=True), 0.0)
     return centred / (reward.std(1, keepdim=True) + 1e-4) if std else centred
 
 
@@ -255,6 +262,8 @@ def process_advantages(step_reward: Tensor, mask: Tensor, std: bool) -> Tensor:
     count = mask.sum((1, 2), keepdim=True)
     centred = (step_reward - (step_reward * mask).sum((1, 2), keepdim=True) / count) * mask
     if std:
+        equal = ((step_reward == step_reward[:, :1, :1]) | ~mask).flatten(1).all(1)
+        centred = centred.masked_fill(equal[:, None, None], 0.0)  # as for whole responses
         centred = centred / (((centred**2).sum((1, 2), keepdim=True) / (count - 1)).sqrt() + 1e-4)
     return centred.flip(-1).cumsum(-1).flip(-1) * mask
 
@@ -356,7 +365,7 @@ def supervised_step(
     policy: Forward, task: Task, args, step: int, params: Tensor, opt: Moments, generator: torch.Generator
 ) -> tuple[Tensor, Moments, Tensor]:
     """Step `step` on demonstrations: the new parameters, Adam's state, and the loss before the step."""
-    prompt, answer = task.demonstrations(args.batch_size, generator, args.other)
+    prompt, answer = task.demonstrations(args.supervised_batch_size, generator, args.other)
 
     def loss(params: Tensor) -> Tensor:
         return supervised_loss(log_probs(policy, params, prompt, answer), task.mask(answer))
@@ -383,10 +392,13 @@ def check(args: Args) -> None:
     """Refuse arguments that cannot work together."""
     check_args(
         args,
-        at_least_1=("dim", "layers", "heads", "batch_size", "group_size", "num_epochs", "num_minibatches"),
+        at_least_1=(
+            "dim", "layers", "heads", "supervised_batch_size", "batch_size", "group_size", "num_epochs",
+            "num_minibatches",
+        ),
         fractions=("other",),
         positive=("supervised_learning_rate", "reference_scale", "learning_rate", "clip", "max_grad_norm"),
-    )
+    )  # fmt: skip
     require(
         args.num_envs == 1, f"--num-envs {args.num_envs}: tasks of tokens have none; --batch-size is meant"
     )

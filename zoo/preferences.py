@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.nn.functional import leaky_relu, one_hot
 
-from zoo.common.args import RunArgs, check_args, require
+from zoo.common.args import RunArgs, check_args, flag, require
 from zoo.common.ask import Human, Recorder
 from zoo.common.cli import main
 from zoo.common.device import compile_function, flatten, loader, scan, setup
@@ -68,7 +68,7 @@ class Args(RunArgs):
     )  # fmt: skip
 
     # preferences
-    labels: int = 700  # comparisons answered in the whole run
+    labels: int = 700  # most comparisons answered in a run; the last few fall due too late to be asked
     start: float = 0.25  # share of them before the policy learns; 1: all
     clip_length: int = 30  # steps of a clip; at most --num-steps, and no episode's end within
     ranked: int = 2  # clips in a comparison, ranked best first, K
@@ -113,7 +113,7 @@ class Args(RunArgs):
     value_clip: float | None = None  # keep V within this of its old value in the loss
     value_coef: float = 0.25  # weight of the value loss, c1
     entropy_coef: float = 0.0  # weight of the entropy bonus, c2
-    bound_coef: float = 1.0  # weight of a penalty on means outside the bounds in all states of a batch
+    bound_coef: float = 1.0  # weight of a penalty on means outside the bounds in all states of a minibatch
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     hidden: tuple[int, ...] = (64, 64)  # widths of the tanh layers
     shared_network: bool = False  # one trunk for policy and value instead of two
@@ -330,7 +330,8 @@ def labels_due(args: Args, step: int) -> int:
     """How many answers there should be after this many steps.
 
     A share `start` from the first question on; the others at a rate that falls as 1 / (1 + 4 x), x the share
-    of the run that is over, to a fifth at its end.
+    of the run that is over, to a fifth at its end. All are due when it is over: the last few fall due after
+    the last question and are never asked, unless start is 1.
     """
     begin = max(1, round(args.start * args.labels))
     share = math.log1p(4 * min(1.0, step / args.total_steps)) / math.log(5)
@@ -392,8 +393,8 @@ def gae(
     """Generalised advantage estimates (T, N) (Schulman et al. 2016, arXiv:1506.02438, eq. 16) of (T, N).
 
     next_value[t] is V of the true successor of step t. The recursion is cut at every episode's end; the
-    bootstrap gamma * next_value only at terminations, because a time limit does not make the future
-    worthless.
+    bootstrap gamma * next_value is dropped at terminations only, because a time limit does not make the
+    future worthless.
     """
     delta = reward + gamma * next_value * ~terminated - value
     decay = gamma * lam * ~(terminated | truncated)
@@ -455,10 +456,10 @@ def value_loss(value: Tensor, old_value: Tensor, return_: Tensor, value_clip: fl
 
 
 def outside(dist: Gaussian | Categorical) -> Tensor:
-    """How far means lie outside [-1, 1], squared, () summed over the dimensions where all of a batch's do.
+    """How far means lie outside [-1, 1], squared and summed over those dimensions in which all rows do; ().
 
-    There every sample is clipped to much the same action in every state, so that no reward tells the policy
-    to come back. Where some states are inside, the others may well want their bound, and nothing is added.
+    There nearly every sample is clipped to a bound in every state, so that no reward tells the policy to come
+    back. Where some states are inside, the others may well want their bound, and nothing is added.
     """
     if isinstance(dist, Categorical):
         return dist.logits.new_zeros(())
@@ -799,8 +800,12 @@ def check(args: Args) -> None:
             "learning_rate", "clip", "max_grad_norm", "target_kl", "value_clip", "reward_learning_rate",
             "rationality",
         ),
-        finite=("kl_coef", "value_coef", "entropy_coef", "bound_coef", "log_std", "pessimism"),
+        finite=("log_std",),
     )  # fmt: skip
+    for name in ("kl_coef", "value_coef", "entropy_coef", "bound_coef", "pessimism"):
+        value = getattr(args, name)
+        fits = 0 <= value < math.inf
+        require(fits, f"{flag(name)} must be at least 0 and finite, not {value:g}")
     batch = args.num_envs * args.num_steps
     require(batch > 1, "--num-envs x --num-steps must be at least 2, for a batch to have a variance")
     require(
@@ -845,7 +850,10 @@ def check(args: Args) -> None:
         args.pessimism == 0 or args.members > 1,
         f"--pessimism {args.pessimism:g}: a single one of --members disagrees with nobody",
     )
-    require(args.pessimism >= 0, f"--pessimism must be at least 0, not {args.pessimism:g}")
+    require(
+        args.queries == "random" or args.members > 1,
+        "--members 1: there is nobody to disagree with (--queries disagreement); --queries random is meant",
+    )
     require(
         args.ranked == 2 or args.equal == 0,
         f"--equal {args.equal:g} needs --ranked 2, not {args.ranked}: in a ranking no clips are called equal",
@@ -876,6 +884,7 @@ def check_task(args: Args, played: str) -> None:
 def train(args: Args) -> float:
     """Run PPO on the rewards learned; the mean true return of the final evaluation."""
     check(args)
+    args = dataclasses.replace(args)  # the caller's stay as they are
     device = setup(args.device, args.threads)
     played = fixed_horizon(args.env) if args.fixed_horizon else args.env
     check_task(args, played)
@@ -931,6 +940,8 @@ def train_on_preferences(
     params, opt, obs_stats, return_stats, kl_coef, generator, model, known, pool, asking = state
     load(params)
     if human is not None:
+        if not args.resume:
+            run.save(state)  # for the answers that come before the first report
         human.begin(run.folder, args.labels)
     # a resumed run begins new episodes
     obs = envs.reset(env_seeds(args.seed, "environments", args.num_envs, run.step))

@@ -42,6 +42,7 @@ from zoo.common.cli import RunArgs, check_args, main, require
 from zoo.common.device import compile_function, flatten, setup
 from zoo.common.files import load_checkpoint
 from zoo.common.optim import Moments, adam, clip_grad, new_adam
+from zoo.common.process import present_process
 from zoo.common.run import Run
 from zoo.common.seeding import generator_seed
 from zoo.common.tokens import Task, make_task, measure, rank
@@ -50,8 +51,9 @@ from zoo.common.tokens import Task, make_task, measure, rank
 @dataclass
 class Args(RunArgs):
     kept: ClassVar = (
-        *RunArgs.kept, "stage", "digits", "dim", "layers", "heads", "supervised_steps", "other",
-        "comparisons", "answers", "temperature", "label_error", "reward_epochs", "ensemble",
+        *RunArgs.kept, "stage", "digits", "dim", "layers", "heads", "supervised_steps",
+        "supervised_batch_size", "other", "comparisons", "answers", "temperature", "label_error",
+        "reward_epochs", "ensemble",
     )  # fmt: skip
     idle: ClassVar = ("num_envs", "env_threads")
 
@@ -67,6 +69,7 @@ class Args(RunArgs):
     layers: int = 2  # their blocks
     heads: int = 4  # attention heads of a block
     supervised_steps: int = 40  # batches of demonstrations; few, so that something is left to learn
+    supervised_batch_size: int = 256  # demonstrations in each
     supervised_learning_rate: float = 3e-3  # Adam's, after a warm-up of 20 steps
     other: float = 0.0  # share of the demonstrations that are another task's: reversing (Sort only)
     reference_scale: float = 1.0  # factor on the first logits: how decided an untrained policy is
@@ -77,7 +80,7 @@ class Args(RunArgs):
     reward_epochs: int = 8  # how often each ranking is drawn, on average
     reward_learning_rate: float = 1e-3  # Adam's
     ensemble: int = 1  # reward models, of other heads and other batches; PPO is paid their mean
-    batch_size: int = 256  # sequences in a batch, of every stage
+    batch_size: int = 256  # sequences in a batch of the later stages
     num_epochs: int = 4  # passes over a batch of responses
     num_minibatches: int = 2  # gradient steps in a pass
     learning_rate: float = 1e-3  # Adam's, of policy and critic
@@ -286,8 +289,8 @@ def gae(
     """Generalised advantage estimates (T, N) (Schulman et al. 2016, arXiv:1506.02438, eq. 16) of (T, N).
 
     next_value[t] is V of the true successor of step t. The recursion is cut at every episode's end; the
-    bootstrap gamma * next_value only at terminations, because a time limit does not make the future
-    worthless.
+    bootstrap gamma * next_value is dropped at terminations only, because a time limit does not make the
+    future worthless.
     """
     delta = reward + gamma * next_value * ~terminated - value
     decay = gamma * lam * ~(terminated | truncated)
@@ -408,7 +411,7 @@ def supervised_step(
     policy: Forward, task: Task, args, step: int, params: Tensor, opt: Moments, generator: torch.Generator
 ) -> tuple[Tensor, Moments, Tensor]:
     """Step `step` on demonstrations: the new parameters, Adam's state, and the loss before the step."""
-    prompt, answer = task.demonstrations(args.batch_size, generator, args.other)
+    prompt, answer = task.demonstrations(args.supervised_batch_size, generator, args.other)
 
     def loss(params: Tensor) -> Tensor:
         return supervised_loss(log_probs(policy, params, prompt, answer), task.mask(answer))
@@ -430,10 +433,11 @@ def supervised_stage(args: Args, task: Task, device: torch.device) -> float:
     )  # fmt: skip
     generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "demonstrations"))
     state = run.restore(State(params, new_adam(params), generator))
-    while run.step + args.batch_size <= args.total_steps:
-        params, opt, loss = supervised_step(policy, task, args, run.step // args.batch_size, *state)
+    size = args.supervised_batch_size
+    while run.step + size <= args.total_steps:
+        params, opt, loss = supervised_step(policy, task, args, run.step // size, *state)
         state = State(params, opt, generator)
-        run.report(run.step + args.batch_size, state, {"params": params}, {"supervised_loss": loss}, [])
+        run.report(run.step + size, state, {"params": params}, {"supervised_loss": loss}, [])
     return run.finish(state, {"params": state.params})
 
 
@@ -635,20 +639,24 @@ def check(args: Args) -> None:
     check_args(
         args,
         at_least_1=(
-            "dim", "layers", "heads", "comparisons", "reward_epochs", "ensemble", "batch_size", "num_epochs",
-            "num_minibatches",
+            "dim", "layers", "heads", "supervised_batch_size", "comparisons", "reward_epochs", "ensemble",
+            "batch_size", "num_epochs", "num_minibatches",
         ),
         fractions=("other", "label_error", "gamma", "gae_lambda"),
         positive=(
             "supervised_learning_rate", "reference_scale", "temperature", "reward_learning_rate",
             "learning_rate", "clip", "max_grad_norm",
         ),
-        finite=("value_coef",),
     )  # fmt: skip
     require(
         args.num_envs == 1, f"--num-envs {args.num_envs}: tasks of tokens have none; --batch-size is meant"
     )
     require(0 <= args.kl_coef < float("inf"), f"--beta must be at least 0 and finite, not {args.beta}")
+    require(
+        0 <= args.value_coef < float("inf"),
+        f"--value-coef must be at least 0 and finite, not {args.value_coef:g}",
+    )
+    require(args.earlier != "", "--earlier is empty; a folder is meant")
     require(0 <= args.ptx < float("inf"), f"--ptx must be at least 0 and finite, not {args.ptx}")
     require(args.supervised_steps >= 0, f"--supervised-steps must be at least 0, not {args.supervised_steps}")
     require(args.dim % args.heads == 0, f"--heads {args.heads} does not divide --dim {args.dim}")
@@ -700,9 +708,11 @@ def train(args: Args) -> float:
     device = setup(args.device, args.threads)
     task = make_task(args.env, args.digits, args.seed)
     root = args.run_dir or args.earlier or f"runs/{args.env}__rlhf__{args.seed}__{int(time.time())}"
-    examples = {"supervised": args.supervised_steps * args.batch_size, "ppo": args.total_steps}
+    examples = {"supervised": args.supervised_steps * args.supervised_batch_size, "ppo": args.total_steps}
     examples["reward"] = args.comparisons * args.reward_epochs
     all_stages = [stage for stage in STAGES if stage != "reward" or args.reward == "model"]
+    if args.stage == "all":  # the same command, not the --resume of a stage, goes on with those after it
+        present_process().again = [] if args.run_dir else ["--run-dir", root]
     for stage in all_stages if args.stage == "all" else [args.stage]:
         torch.manual_seed(generator_seed(args.seed, "network", list(STAGES).index(stage)))
         own: dict[str, Any] = dict(stage=stage, total_steps=examples[stage], earlier=args.earlier or root)

@@ -75,7 +75,7 @@ def load_agent(path: str | os.PathLike[str], env: str | None = None) -> Agent:
         acts(np.zeros((1, envs.obs_dim), envs.dtype))
     except KeyError as error:
         raise UsageError(f"run {path}: agent.pt lacks {error}, which zoo/{name}.py needs to act") from error
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
         if envs.env_id == trained_on:
             what = f"zoo/{name}.py on {trained_on} as they are here; made by another version of either?"
             raise UsageError(f"run {path}: agent.pt does not fit {what}") from error

@@ -12,6 +12,7 @@ told that it was taken; the files are numbered in the order in which the answers
 import contextlib
 import io
 import json
+import re
 import sys
 import threading
 import time
@@ -148,11 +149,10 @@ class Human:
         self._waiting: deque[Question] = deque()
         self._lock = threading.Lock()
         try:
-            self.server = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
+            self.server = _Server(("127.0.0.1", port), _handler(self))
         except OSError as error:
             reason = f"--port {port}: the page cannot be served there: {error.strerror}"
             raise UsageError(f"{reason}; 0 takes any port that is free") from error
-        self.server.daemon_threads = True
         self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def begin(self, folder: Path, labels: int) -> None:
@@ -248,6 +248,15 @@ class Human:
             return True
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Not a word where a browser was closed or reloaded meanwhile: the terminal is the run's."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
 def _handler(human: Human) -> type[BaseHTTPRequestHandler]:
     """What answers the browser: GET / /question /video/NUMBER/SIDE, POST /answer."""
 
@@ -267,7 +276,11 @@ def _handler(human: Human) -> type[BaseHTTPRequestHandler]:
                 self._send(b"", "text/plain", HTTPStatus.NOT_FOUND)
 
         def do_POST(self) -> None:
-            body = self.rfile.read(min(int(self.headers.get("Content-Length") or 0), 1000))
+            length = self.headers.get("Content-Length") or "0"
+            if not re.fullmatch(r"\d{1,9}", length, re.ASCII):
+                self.close_connection = True  # nobody knows where the body ends
+                return self._send(b"", "text/plain", HTTPStatus.BAD_REQUEST)
+            body = self.rfile.read(min(int(length), 1000))
             # a page of another site can send a form here, but no JSON
             if self.path != "/answer" or self.headers.get("Content-Type") != "application/json":
                 return self._send(b"", "text/plain", HTTPStatus.NOT_FOUND)

@@ -1,4 +1,5 @@
-"""The command line that all agents share: arguments, defaults by task, and how a run's end is told."""
+"""The command line that all agents share: arguments, defaults by task, and how a run's end is told; and what
+of it the scripts share."""
 
 import argparse
 import contextlib
@@ -25,12 +26,12 @@ from tyro.constructors import (
 
 from zoo.common.args import PLUMBING, TASK, RunArgs, check_args, require, settings, settings_for
 from zoo.common.errors import Interrupted, RunFault, UsageError
-from zoo.common.files import load_checkpoint
 from zoo.common.process import Process
 
 __all__ = ["RunArgs", "check_args", "main", "parse", "require"]  # all that an agent's file needs
 
 Args = TypeVar("Args", bound=RunArgs)
+ScriptArgs = TypeVar("ScriptArgs")
 
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
 
@@ -46,6 +47,8 @@ def parse(args_class: type[Args], defaults_for: Callable[[str], dict], argv: Seq
     given = first.parse_known_args(argv)[0]
     names = [field.name for field in dataclasses.fields(args_class)]
     if given.resume and given.resume != "None":
+        from zoo.common.files import load_checkpoint  # a second, spared to the scripts' --help
+
         checkpoint = load_checkpoint(Path(given.resume) / "checkpoint.pt", "--resume", env=given.env)
         known: dict[str, Any] = {name: value for name, value in checkpoint["args"].items() if name in names}
         agent, here = checkpoint["agent"], Path(sys.modules[args_class.__module__].__file__ or "").stem
@@ -117,24 +120,35 @@ def registry(args_class: type[RunArgs], hidden: Sequence[str] = ()) -> Construct
             lambda **of: spec.instantiate(**of["task"], **of["algorithm"], **of["plumbing"]), groups
         )
 
-    @rules.primitive_rule
-    def whole(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-        if info.type is not int:
-            return None
-
-        def read(strings: list[str]) -> int:
-            with contextlib.suppress(ValueError):
-                return int(strings[0])
-            with contextlib.suppress(ValueError):
-                if (value := float(strings[0])).is_integer():
-                    return int(value)
-            raise ValueError(f"{strings[0]!r} is no whole number")
-
-        return PrimitiveConstructorSpec(
-            1, "INT", read, lambda value: isinstance(value, int), lambda value: [str(value)]
-        )
-
+    rules.primitive_rule(_whole)
     return rules
+
+
+def _whole(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    if info.type is not int:
+        return None
+
+    def read(strings: list[str]) -> int:
+        with contextlib.suppress(ValueError):
+            return int(strings[0])
+        with contextlib.suppress(ValueError):
+            if (value := float(strings[0])).is_integer():
+                return int(value)
+        raise ValueError(f"{strings[0]!r} is no whole number")
+
+    return PrimitiveConstructorSpec(
+        1, "INT", read, lambda value: isinstance(value, int), lambda value: [str(value)]
+    )
+
+
+def script_args(
+    args_class: type[ScriptArgs], about: str | None, argv: Sequence[str] | None = None
+) -> ScriptArgs:
+    """A script's arguments, by default those of sys.argv; whole numbers may be given as 1e6."""
+    rules = ConstructorRegistry()
+    rules.primitive_rule(_whole)
+    with rules:
+        return tyro.cli(args_class, args=argv, description=about)
 
 
 def main(args_class: type[Args], train: Callable[[Args], Any], defaults_for: Callable[[str], dict]) -> None:
@@ -156,9 +170,24 @@ def main(args_class: type[Args], train: Callable[[Args], Any], defaults_for: Cal
         if error.errno not in DISK_FAULTS:
             raise
         _end(1, f"error: {error}\n{process.after_fault()}")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        less = "smaller networks, smaller batches or fewer environments need less"
+        told = f"error: there is no memory{f' for {asked[1]}' if asked else ' for that'}; {less}"
+        if process.saved_step is None:  # so it is the sizes given, and no fault on the way
+            _end(2, told)
+        _end(1, f"{told}\n{process.after_fault()}")
     except KeyboardInterrupt as error:
         number = error.signal_number if isinstance(error, Interrupted) else int(signal.SIGINT)
         _end(128 + number, process.after_interrupt())
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """NumPy's own, or a RuntimeError of torch's, of which only CUDA's has a class of its own."""
+    words = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _end(status: int, message: str) -> NoReturn:

@@ -1,5 +1,8 @@
 """The 8 x 8 digits of scikit-learn as a target: a classifier's word is the reward, and another one judges the
 samples.
+
+The classifier has seen one half of the pictures, the judge has the other: held out from the classifier, but
+not from the diffusion model, which is pretrained on all of them.
 """
 
 from collections.abc import Callable
@@ -14,12 +17,12 @@ WANTED = 3
 
 
 class Digits(NamedTuple):
-    """Pictures (N, 64) in [-1, 1] with labels (N,), the judge's own ones, and the reward of pictures."""
+    """What a model is pretrained on, what the judge has, and the reward."""
 
-    data: Tensor
-    judge_data: Tensor
-    judge_label: Tensor
-    reward: Callable[[Tensor], Tensor]
+    data: Tensor  # (N, 64) in [-1, 1]: all pictures
+    judge_data: Tensor  # (M, 64): the judge's, every second one of them
+    judge_label: Tensor  # (M,): the digits that they show
+    reward: Callable[[Tensor], Tensor]  # (..., 64) to (...)
 
     @property
     def contexts(self) -> int:
@@ -35,10 +38,10 @@ class Digits(NamedTuple):
         return self.data.to(generator.device)[row]
 
     def judge(self, pictures: Tensor) -> dict[str, float]:
-        """What the held-out half says of pictures (B, 64).
+        """What the half held out from the classifier says of pictures (B, 64).
 
         share: those of the wanted digit by their five nearest neighbours. distance: the mean distance to the
-        nearest one, of the digits themselves to each other 1.9.
+        nearest one, which of the other half's pictures is 2.24, and of its threes 2.39.
         """
         nearest = torch.cdist(pictures, self.judge_data).topk(5, largest=False)
         label = self.judge_label[nearest.indices].mode(-1).values

@@ -22,6 +22,7 @@ from zoo.common.vector_env import Step, VectorEnv, class_name
 
 __all__ = ["GymnasiumVectorEnv", "Step", "VectorEnv", "make_envs", "make_single"]
 
+MOST = float(np.finfo(np.float32).max)  # of a reward: the agents compute in float32
 RETURNS = {"reset": ("obs", "info"), "step": ("obs", "reward", "terminated", "truncated", "info")}
 
 
@@ -64,9 +65,12 @@ class GymnasiumVectorEnv(VectorEnv):
             reward.append(one_reward)
             terminated.append(one_terminated)
             truncated.append(one_truncated)
+        rewards = self._numbers("reward", reward, "fiub").astype(np.float64, copy=False)
+        if MOST < (most := np.abs(rewards).max()) < np.inf:  # what is not finite is told of all engines
+            self._fault("step", f"returned a reward of {most:.6g} in size, which float32 does not hold")
         return (
             rows.reshape(self.num_envs, -1),
-            self._numbers("reward", reward, "fiub").astype(np.float64, copy=False),
+            rewards,
             self._numbers("terminated", terminated, "b"),
             self._numbers("truncated", truncated, "b"),
         )
@@ -235,6 +239,9 @@ def make_envs(env_id: str, num_envs: int, engine: str = "auto", threads: int | N
         raise UsageError(
             f"--env {env_id}: actions are {action_space}; the zoo's agents act in a Box or a Discrete space"
         )
+    for what, shape in (("observations", obs_space.shape), ("actions", action_space.shape)):
+        if 0 in (shape or ()):
+            raise UsageError(f"--env {env_id}: {what} have the shape {shape}, so there is no number in them")
     if engine in ("auto", "classic") and classic_engine.serves(single):
         return classic_engine.ClassicVectorEnv(env_id, num_envs, single)
     if engine in ("auto", "mujoco") and class_name(single.unwrapped).startswith("gymnasium.envs.mujoco."):

@@ -7,6 +7,7 @@ import fcntl
 import io
 import os
 import pickle
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,6 +49,15 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             os.fsync(folder)  # the new name, too, has to survive a power cut
         finally:
             os.close(folder)
+
+
+def make_folder(folder: Path, flag: str) -> None:
+    """Make the folder that `flag` named, unless it is there. Raises UsageError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"{flag} {folder}: is no folder that can be written: {error.strerror}") from error
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -93,39 +103,46 @@ def load_checkpoint(path: Path, flag: str, agent: str | None = None, env: str | 
         raise refuse("is not a checkpoint of the zoo")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load itself does not compare checksums
-    except (zipfile.BadZipFile, EOFError):
-        damaged = path.name
+            # torch.load itself does not compare checksums, and reads nothing of what is marked as a folder
+            folders = [entry for entry in archive.infolist() if entry.external_attr & 16]
+            damaged = archive.testzip() or bool(folders)
+    except Exception:  # zipfile has many for a directory with flipped bits
+        damaged = True
     if damaged:
         raise refuse("is torn: part of the file is missing or damaged")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise refuse("would execute code when loaded; refused") from error
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise refuse("is not a checkpoint of the zoo") from error
     if not isinstance(content, dict) or not {"format", "agent", "env", "args", "state"} <= content.keys():
         raise refuse("is not a checkpoint of the zoo")
     if content["format"] != FORMAT:
         raise refuse(f"has format {content['format']}; this version of the zoo reads format {FORMAT}")
+    if not isinstance(content["args"], dict) or not isinstance(content["env"], str):
+        raise refuse("is not a checkpoint of the zoo")
     if agent is not None and content["agent"] != agent:
         raise refuse(f"is of agent {content['agent']}, not {agent}")
     if env is not None and content["env"] != env:
         raise refuse(f"is of --env {content['env']}, not {env}")
+    if flag == "--resume" and not {"step", "run"} <= content.keys():
+        raise refuse("is an agent.pt, from which no run can go on")
     return content
 
 
-def lock_folder(folder: Path, flag: str) -> IO[str]:
+def lock_folder(folder: Path, flag: str, wait: bool = False) -> IO[str]:
     """Hold `folder` until the returned file is closed or the process dies.
 
-    Raises UsageError when another run holds it or it cannot be written.
+    Raises UsageError when another run holds it, unless it is to `wait`, or it cannot be written.
     """
     try:
         file = open(folder / ".lock", "a+")  # noqa: SIM115  kept open: it is the lock
     except OSError as error:
         raise UsageError(f"{flag} {folder}: cannot be written: {error.strerror}") from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it with the process: never stale
+        # the kernel drops it with the process: never stale
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "unknown"
@@ -140,13 +157,23 @@ def lock_folder(folder: Path, flag: str) -> IO[str]:
 class Table:
     """progress.csv: one complete line a row; a metric that first appears later adds its column at the end."""
 
-    def __init__(self, path: Path, columns: list[str], last_step: int):
-        """Open the table, keeping of an old one the complete rows up to `last_step`. Raises OSError."""
-        self.path, self.columns = path, columns
+    def __init__(self, path: Path, columns: list[str], last_step: int, most: int | None = None):
+        """Open the table, keeping of an old one the complete rows up to `last_step`, `most` at most.
+
+        Raises OSError; UsageError, before anything is written, where another program has changed it.
+        """
+        self.path, self.columns, self.count = path, columns, 0  # of its rows
         self._file: IO[bytes] | None = None
-        text = path.read_text() if path.exists() else ""
-        rows = list(csv.DictReader(text.split("\n")[:-1]))  # what follows the last newline is torn
-        rows = [row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) <= last_step]
+        try:
+            text = path.read_text() if path.exists() else ""
+            rows = list(csv.DictReader(text.split("\n")[:-1]))  # what follows the last newline is torn
+            for number, row in enumerate(rows, 1):
+                if None in row or not (row.get("step") or "").isdecimal():
+                    raise ValueError(f"row {number} has no step, or more cells than the header")
+        except (ValueError, csv.Error) as error:
+            what = f"--resume {path.parent}: {path.name} is not as the run has written it ({error})"
+            raise UsageError(f"{what}; mend it, or move it away to go on without it") from error
+        rows = [row for row in rows if int(row["step"]) <= last_step][:most]  # one step may have many
         if rows:
             self.columns = list(rows[0])
         self.replace(rows)
@@ -159,16 +186,20 @@ class Table:
         line = self._lines([self._cells(row)])
         if self._open().write(line) < len(line):  # unbuffered, a single call: a kill cannot split the line
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        self.count += 1
 
     def rows(self) -> list[dict[str, str]]:
         """All rows as they stand on disk."""
         with open(self.path, newline="") as file:
             return list(csv.DictReader(file))
 
+    def last(self) -> dict[str, str]:
+        """The last row, {} of an empty table."""
+        return (self.rows() or [{}])[-1]
+
     def last_has_more_than(self, columns: list[str]) -> bool:
         """Whether a cell of the last row is filled that is in none of `columns`."""
-        last = (self.rows() or [{}])[-1]
-        return any(cell and name not in columns for name, cell in last.items())
+        return any(cell and name not in columns for name, cell in self.last().items())
 
     def amend_last(self, row: dict[str, float]) -> None:
         """Fill cells of the last row (or write the first one)."""
@@ -181,6 +212,7 @@ class Table:
         self.close()
         header = dict(zip(self.columns, self.columns, strict=True))
         write_atomically(self.path, lambda file: file.write(self._lines([header, *rows])))
+        self.count = len(rows)
 
     def sync(self) -> None:
         """Bring the rows to the disk: a checkpoint must never be ahead of them."""

@@ -9,7 +9,7 @@ import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -60,6 +60,16 @@ def old_folder(folder: Path) -> IO[str]:
     return lock
 
 
+def described(path: Path) -> dict[str, Any]:
+    """What args.json says; of one that is not there nothing. Raises UsageError."""
+    try:
+        before = json.loads(path.read_text()) if path.exists() else {"args": {}}
+        return {"args": dict(before["args"]), "earlier": list(before.get("earlier", []))}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        what = f"--resume {path.parent}: {path.name} is damaged ({type(error).__name__}: {error})"
+        raise UsageError(f"{what}; mend it, or move it away to go on without it") from error
+
+
 def describe(path: Path, args: dict, agent: str, engine: str | None, step: int = 0) -> None:
     """Write args.json: what is needed to repeat the run and to compare its speed. Raises OSError.
 
@@ -68,8 +78,8 @@ def describe(path: Path, args: dict, agent: str, engine: str | None, step: int =
     """
     earlier: list[dict] = []
     if step and path.exists():
-        before, now = json.loads(path.read_text()), json.loads(json.dumps(args))
-        earlier = before.get("earlier", [])
+        before, now = described(path), json.loads(json.dumps(args))
+        earlier = before["earlier"]
         if any(before["args"].get(name) != now[name] for name in now if name not in ("run_dir", "resume")):
             earlier.append({"until_step": step, "args": before["args"]})
 

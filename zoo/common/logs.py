@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,20 +13,31 @@ from tqdm import tqdm
 
 from zoo.common.args import RunArgs
 from zoo.common.errors import UsageError
-from zoo.common.files import Table
+from zoo.common.files import Table, write_atomically
 
 COLUMNS = ["step", "wall_time", "sps", "train_return", "train_length", "eval_return", "eval_std"]
 CHARTS = {"learning_rate"}  # CleanRL's dashboards look for it beside the returns, not among the losses
 
 
+def tracked_id(folder: Path) -> str:
+    """What names the run in `folder` at Weights & Biases, where folders of one name are many: drawn once and
+    kept in it, so that a resumed run finds its own. Raises OSError.
+    """
+    path = folder / "wandb" / "id"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, lambda file: file.write(secrets.token_hex(8).encode()))
+    return path.read_text()
+
+
 class Logs:
     """The logs of the run in `folder`, of which `step` is done already; open until closed."""
 
-    def __init__(self, folder: Path, args: RunArgs, step: int, unit: str):
-        """Open them; of those of a resumed run, what was logged beyond `step` is dropped. Raises OSError;
-        UsageError where Weights & Biases refuses."""
+    def __init__(self, folder: Path, args: RunArgs, step: int, rows: int | None, unit: str):
+        """Open them; of those of a resumed run, what was logged beyond `step` is dropped, and of the table
+        what was beyond so many rows. Raises OSError; UsageError where Weights & Biases refuses."""
         self._open = contextlib.ExitStack()
-        self.table = Table(folder / "progress.csv", COLUMNS, last_step=step)
+        self.table = Table(folder / "progress.csv", COLUMNS, last_step=step, most=rows)
         self._open.callback(self.table.close)
         self._tracked: Any = None  # the run at Weights & Biases
         if args.track:
@@ -34,8 +46,8 @@ class Logs:
             # it could read TensorBoard's files, but reads them thrice where it writes into their folder
             try:
                 self._tracked = wandb.init(
-                    project=args.track_project, name=folder.name, id=folder.name, resume="allow",
-                    dir=str(folder), config=dataclasses.asdict(args),
+                    project=args.track_project, name=str(folder).removeprefix("runs/")[-128:],
+                    id=tracked_id(folder), resume="allow", dir=str(folder), config=dataclasses.asdict(args),
                 )  # fmt: skip
             except wandb.Error as error:
                 offline = "WANDB_MODE=offline keeps what is logged in the run's folder"

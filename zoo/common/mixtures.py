@@ -36,16 +36,17 @@ class Mixture(NamedTuple):
 
     def sample(self, context: Tensor, generator: torch.Generator) -> Tensor:
         """Points (B, d) of the contexts (B,)."""
-        component = torch.multinomial(self.weight[context], 1, generator=generator).squeeze(-1)
-        centre = self.mean[context, component]
+        weight, mean = self.weight.to(context.device), self.mean.to(context.device)
+        component = torch.multinomial(weight[context], 1, generator=generator).squeeze(-1)
+        centre = mean[context, component]
         noise = torch.empty_like(centre).normal_(generator=generator)
         return centre + self.std * noise
 
     def masses(self, points: Tensor, weights: Tensor, context: int = 0) -> Tensor:
         """The weight (K,) of the points (N, d) nearest to each component of a context; weights (N,)."""
         distance = torch.cdist(points, self.mean[context].to(points))
-        nearest = distance.masked_fill(self.weight[context] == 0, torch.inf).argmin(-1)
-        return torch.zeros(self.weight.shape[1], dtype=weights.dtype).index_add_(0, nearest, weights)
+        nearest = distance.masked_fill(self.weight[context].to(points) == 0, torch.inf).argmin(-1)
+        return weights.new_zeros(self.weight.shape[1]).index_add_(0, nearest, weights)
 
 
 def line() -> Mixture:

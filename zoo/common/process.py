@@ -24,11 +24,17 @@ class Process:
 
     def __init__(self) -> None:
         self.stop_signal = 0  # a signal received, on which the run's next report acts
+        self.closing = contextlib.ExitStack()
+        # what the command that is running needs besides to go on with its runs; None: --resume goes on
+        self.again: list[str] | None = None
+        self.new_run()
+
+    def new_run(self) -> None:
+        """Know nothing of a run yet: of several in one process the last is told of."""
         self.doing = "this iteration"  # what is finished before it stops
         self.folder: Path | None = None  # of the run, once it has one
         self.saved_step: int | None = None  # of the checkpoint on disk
         self.trained = False  # agent.pt is written; only the final evaluation is left
-        self.closing = contextlib.ExitStack()
 
     def __enter__(self) -> "Process":
         self.closing.callback(setattr, threading, "excepthook", threading.excepthook)
@@ -54,6 +60,8 @@ class Process:
 
     def resume_command(self) -> str:
         """What to type to go on."""
+        if self.again is not None:
+            return shlex.join(["python", *sys.argv, *self.again])
         return f"python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(self.folder))}"
 
     def after_fault(self) -> str:
@@ -61,19 +69,24 @@ class Process:
         if self.folder is not None and not self.folder.exists():
             return "its checkpoints are gone as well; start again"
         if self.saved_step is None:
-            return "no checkpoint had been written yet"
-        return f"last good checkpoint: step {self.saved_step}; resume with: {self.resume_command()}"
+            return f"no checkpoint had been written yet{self._advice('')}"
+        return f"last good checkpoint: step {self.saved_step}{self._advice('')}"
 
     def after_interrupt(self) -> str:
         """The same after Ctrl-C."""
-        if self.saved_step is None:
-            return "interrupted before the first checkpoint; start again"
         if self.trained:
             return (
                 f"interrupted in the final evaluation; {self.folder}/agent.pt is written; "
-                f"evaluate again with: {self.resume_command()}"
+                f"{'evaluate again' if self.again is None else 'go on'} with: {self.resume_command()}"
             )
-        return f"interrupted at step {self.saved_step}; resume with: {self.resume_command()}"
+        where = "before the first checkpoint" if self.saved_step is None else f"at step {self.saved_step}"
+        return f"interrupted {where}{self._advice('; start again')}"
+
+    def _advice(self, without: str) -> str:
+        """How to go on; `without`, where there is nothing to go on from."""
+        if self.saved_step is None and self.again is None:
+            return without
+        return f"; resume with: {self.resume_command()}"
 
 
 def _report_thread_failure(failure: threading.ExceptHookArgs) -> None:

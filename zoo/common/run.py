@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_map_only
 from zoo.common.args import RunArgs, flag
 from zoo.common.errors import Interrupted, RunFault, UsageError
 from zoo.common.files import load_checkpoint, save_checkpoint, writing
-from zoo.common.folder import describe, new_folder, old_folder
+from zoo.common.folder import describe, described, new_folder, old_folder
 from zoo.common.logs import Logs
 from zoo.common.process import present_process
 from zoo.common.state import device_of, portable, restored
@@ -64,9 +64,11 @@ class Run:
         self._saved: Any = None  # the state to be restored
         self._resumed_at = 0  # the step of the checkpoint that it goes on from
         self._made_by: dict | None = None  # the arguments of the part before, until a step is made by these
+        self._rows: int | None = None  # of its table
         self._owed: dict | None = None  # for the evaluation that was due when the checkpoint was written
         self._open = contextlib.ExitStack()  # what close() has to close
         self._process = present_process()
+        self._process.new_run()
         self._process.closing.callback(self._open.close)
         wall_time = 0.0
         with self._closed_on_error():
@@ -81,7 +83,7 @@ class Run:
             with writing(self.folder):
                 if not args.resume:
                     describe(self.folder / "args.json", dataclasses.asdict(args), agent, engine)
-                self._logs = Logs(self.folder, args, self.step, unit)
+                self._logs = Logs(self.folder, args, self.step, self._rows, unit)
             self._open.callback(self._logs.close)
         self._saved_at = time.perf_counter()
         self._started = self._saved_at - wall_time
@@ -100,15 +102,17 @@ class Run:
                 reason = f"the run in {self.folder} was made with {was} and keeps it"
                 raise UsageError(f"{flag(name)} {wanted}: {reason}")
         self.step = self._resumed_at = self._process.saved_step = saved["step"]
+        described(self.folder / "args.json")  # refuses a damaged one now, not after the first iteration
         self._made_by = saved["args"]
         self._recent.extend((return_, length) for return_, length in saved["run"]["recent"])
         self._saved, self._owed = saved["state"], saved["run"]["owed"]
+        self._rows = saved["run"].get("rows")  # older checkpoints do not say
         return saved["run"]["wall_time"]
 
     def restore(self, state: State) -> State:
         """The fresh `state`; in a resumed run the checkpoint's in its form, see `restored` of state.py.
 
-        Makes the evaluation that the run was killed in. Raises UsageError where the two do not fit; RunFault.
+        Raises UsageError where the two do not fit.
         """
         if self._saved is None:
             return state
@@ -118,21 +122,28 @@ class Run:
             except ValueError as error:
                 advice = "was the run made by other code?"
                 raise UsageError(f"--resume {self.folder}: {error}; {advice}") from error
-            owed, self._saved, self._owed = self._owed, None, None
-            if owed and self.args.eval_every and not self._logs.table.last_has_more_than(owed["columns"]):
-                device = device_of(state)
-                self._evaluated(tree_map_only(torch.Tensor, lambda x: x.to(device), owed["acting"]))
+            self._saved, device = None, device_of(state)
+            self._owed = tree_map_only(torch.Tensor, lambda x: x.to(device), self._owed)
         return state
+
+    def save(self, state: Any) -> None:
+        """Write a new run's first checkpoint before its first report. Raises RunFault."""
+        with self._closed_on_error():
+            content = portable(state)
+            with writing(self.folder):
+                self._save(content)
 
     def report(
         self, step: int, state: Any, acting: Any, metrics: Mapping[str, float | torch.Tensor],
-        episodes: Sequence[tuple[float, int]],
+        episodes: Sequence[tuple[float, int]], milestone: bool = False,
     ) -> None:  # fmt: skip
         """End an iteration: log it; checkpoint and evaluate when due; act on Ctrl-C.
 
         step: done so far, counted in `unit`. state: everything needed to go on, see state.py. acting: what
         `evaluate` and agent.pt need, nested dicts of tensors, numbers and strings. metrics: numbers or 0-d
-        tensors. episodes: (return, length) of those ended since the last report.
+        tensors. episodes: (return, length) of those ended since the last report. milestone: a checkpoint is
+        due, and an evaluation unless there are none. The first report of a resumed run makes the evaluation
+        that was owed: by then the agent has all of what it was restored to.
         Raises RunFault for a non-finite metric or state, before the last checkpoint is touched; Interrupted.
         """
         with self._closed_on_error():
@@ -140,11 +151,15 @@ class Run:
             for name, value in values.items():
                 if not math.isfinite(value):
                     raise RunFault(f"{name} became {value} in the iteration that ended at step {step:,}")
+            owed, self._owed = self._owed, None
+            if owed and self.args.eval_every and not self._logs.table.last_has_more_than(owed["columns"]):
+                self._evaluated(owed["acting"])
             every, stopping = self.args.eval_every, self._process.stop_signal
-            crossed = every > 0 and step // every > self.step // every
-            evaluating = crossed and step < self.args.total_steps  # at the end `finish` evaluates
+            due = every > 0 and (milestone or step // every > self.step // every)
+            evaluating = due and step < self.args.total_steps  # at the end `finish` evaluates
             now, self.step = time.perf_counter(), step
-            saving = evaluating or now - self._saved_at >= self.args.checkpoint_every or bool(stopping)
+            late = now - self._saved_at >= self.args.checkpoint_every
+            saving = evaluating or milestone or late or bool(stopping)
             content = portable(state) if saving else None  # refuses a non-finite state
             self._recent.extend((float(return_), int(length)) for return_, length in episodes)
             wall_time = now - self._started
@@ -218,6 +233,10 @@ class Run:
             trained = f"the agent is trained: {self.folder}/agent.pt"
             advice = trained if final else "--eval-every 0 goes on without evaluations"
             raise RunFault(f"{which}: {error}; {advice}") from error
+        if final and self._made_by is not None:  # by no step of this call
+            last, own = self._logs.table.last(), self._made_by["eval_episodes"] == self.args.eval_episodes
+            if not own or any(last.get(name) for name in values):
+                return values  # told only: the table keeps one, of as many episodes as args.json says
         with writing(self.folder):
             self._logs.evaluation(self.step, values)
         if not final:
@@ -232,6 +251,7 @@ class Run:
         self._logs.table.sync()  # the table must never be behind the checkpoint
         wall_time = time.perf_counter() - self._started
         bookkeeping = {"wall_time": wall_time, "recent": list(self._recent), "owed": owed}
+        bookkeeping["rows"] = self._logs.table.count
         content = {**self._identity(), "step": self.step, "state": state, "run": bookkeeping}
         save_checkpoint(self.folder / "checkpoint.pt", content)
         self._process.saved_step, self._saved_at = self.step, time.perf_counter()

@@ -213,9 +213,10 @@ def make_task(name: str, digits: int | None = None, seed: int = 0) -> Task:
         if digits is not None:
             raise UsageError(f"--digits {digits}: Count has none; its responses are 4 tokens")
         return Count(seed=seed)
-    if digits is not None and not 1 <= digits <= 16:
+    if digits is not None and not 1 <= digits <= 17:
         raise UsageError(
-            f"--digits must lie in [1, 16], not {digits}: an empty response scores nothing, 17 overflow"
+            f"--digits must lie in [1, 17], not {digits}: an empty response scores nothing, and sums of 18 "
+            "overflow (Add)"
         )
     return TASKS[name]() if digits is None else TASKS[name](digits)  # type: ignore[call-arg]
 

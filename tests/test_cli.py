@@ -1,0 +1,72 @@
+"""zoo/common/cli.py: how a run's end is told, and what scripts take as whole numbers."""
+
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from zoo.common.args import RunArgs
+from zoo.common.cli import main, script_args
+from zoo.common.process import present_process
+
+
+@dataclass
+class Args(RunArgs):
+    pass
+
+
+def ended(train, monkeypatch, capsys):
+    """The exit status of an agent with this `train`, and the lines on stderr."""
+    monkeypatch.setattr(sys, "argv", ["agent.py"])
+    with pytest.raises(SystemExit) as end:
+        main(Args, train, lambda env: {})
+    return end.value.code, capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("allocate", "size"),
+    [
+        (lambda: torch.empty(10**17), " for 400000000000000000 bytes"),
+        (lambda: torch.empty(10**10, 10**10), " for that"),
+        (lambda: np.empty(10**17), " for 711. PiB"),
+    ],
+)
+def test_sizes_beyond_memory_are_one_line_and_status_2(allocate, size, monkeypatch, capsys):
+    status, lines = ended(lambda args: allocate(), monkeypatch, capsys)
+    assert status == 2 and lines == [
+        f"error: there is no memory{size}; smaller networks, smaller batches or fewer environments need less"
+    ]
+
+
+def test_memory_that_ends_after_a_checkpoint_is_a_fault_of_the_run(tmp_path, monkeypatch, capsys):
+    def train(args):
+        process = present_process()
+        process.folder, process.saved_step = tmp_path, 300
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a ...")
+
+    status, lines = ended(train, monkeypatch, capsys)
+    assert status == 1 and len(lines) == 2 and lines[0].startswith("error: there is no memory for 2.00 GiB;")
+    assert lines[1] == f"last good checkpoint: step 300; resume with: python agent.py --resume {tmp_path}"
+
+
+def test_another_error_of_torch_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["agent.py"])
+    with pytest.raises(RuntimeError, match="must match"):
+        main(Args, lambda args: torch.zeros(2) + torch.zeros(3), lambda env: {})
+
+
+def test_scripts_take_whole_numbers_as_agents_do(capsys):
+    @dataclass
+    class Counts:
+        one: int = 1
+        maybe: int | None = None
+        some: tuple[int, ...] = ()
+
+    assert script_args(Counts, None, []) == Counts()
+    given = ["--one", "1e3", "--maybe", "2e5", "--some", "1", "2e0"]
+    assert script_args(Counts, None, given) == Counts(1000, 200_000, (1, 2))
+    with pytest.raises(SystemExit) as end:
+        script_args(Counts, None, ["--one", "1.5"])
+    assert end.value.code == 2 and "is no whole number" in capsys.readouterr().err
