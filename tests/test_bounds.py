@@ -9,6 +9,7 @@ import torch
 from torch.func import grad
 
 from zoo import actor_critic, grpo, ppo, reinforce, trpo
+from zoo.common.errors import UsageError
 
 AGENTS = [actor_critic, grpo, ppo, reinforce, trpo]
 SMALL = {
@@ -74,6 +75,12 @@ def test_the_loss_draws_the_mean_back(agent):
     torch.testing.assert_close(grad(loss)(outside), 0.7 * 2 * beyond / 4)
     inside = torch.tensor([[1.5], [2.0], [0.5], [3.0]])
     torch.testing.assert_close(grad(loss)(inside), torch.zeros(4, 1))
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_a_negative_weight_is_refused(agent):
+    with pytest.raises(UsageError, match="--bound-coef must be at least 0 and finite, not -1"):
+        agent.check(agent.Args(bound_coef=-1.0))
 
 
 OFTEN = {  # many small updates

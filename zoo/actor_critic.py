@@ -407,7 +407,8 @@ def check(args: Args) -> None:
         at_least_1=("num_steps", "off_policy_epochs", "report_every", "hidden"),
         fractions=("gamma", "gae_lambda"),
         positive=("learning_rate", "max_grad_norm"),
-        finite=("value_coef", "entropy_coef", "bound_coef", "log_std"),
+        at_least_0=("value_coef", "entropy_coef", "bound_coef"),
+        finite=("log_std",),
     )
 
 

@@ -324,10 +324,7 @@ def check(args: Args) -> None:
         ),
         fractions=("eta",),
         positive=("beta", "learning_rate", "max_grad_norm", "clip", "min_sigma", "pretrain_rate"),
-    )
-    require(
-        0 <= args.data_coef < float("inf"),
-        f"--data-coef must be at least 0 and finite, not {args.data_coef:g}",
+        at_least_0=("data_coef",),
     )
     require(args.steps >= 2, f"--steps must be at least 2, not {args.steps}")
     require(

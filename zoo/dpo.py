@@ -369,6 +369,7 @@ def check(args: Args) -> None:
             "learning_rate",
             "max_grad_norm",
         ),
+        at_least_0=("supervised_steps",),
     )  # fmt: skip
     require(
         args.num_envs == 1, f"--num-envs {args.num_envs}: tasks of tokens have none; --batch-size is meant"
@@ -381,7 +382,6 @@ def check(args: Args) -> None:
         0 <= args.label_smoothing < 0.5,
         f"--label-smoothing must lie in [0, 0.5), not {args.label_smoothing:g}",
     )
-    require(args.supervised_steps >= 0, f"--supervised-steps must be at least 0, not {args.supervised_steps}")
     require(args.dim % args.heads == 0, f"--heads {args.heads} does not divide --dim {args.dim}")
     require(
         args.other == 0 or args.env == "Sort",

@@ -489,14 +489,8 @@ def check(args: Args) -> None:
         ),
         fractions=("eta", "gamma", "gae_lambda", "denoising_gamma"),
         positive=("min_std", "clone_rate", "learning_rate", "clip", "max_grad_norm"),
+        at_least_0=("clone_steps", "warmup", "value_coef"),
     )  # fmt: skip
-    for name in ("clone_steps", "warmup"):
-        value = getattr(args, name)
-        require(value >= 0, f"--{name.replace('_', '-')} must be at least 0, not {value}")
-    require(
-        0 <= args.value_coef < float("inf"),
-        f"--value-coef must be at least 0 and finite, not {args.value_coef:g}",
-    )
     require(args.data != "", "--data is empty; the folder of a run or minari:ID is meant")
     require(
         args.data is None or args.clone_steps > 0,

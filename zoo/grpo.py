@@ -440,11 +440,8 @@ def check(args: Args) -> None:
         at_least_1=("group_size", "num_epochs", "minibatch_size", "hidden"),
         fractions=("gamma",),
         positive=("learning_rate", "clip", "max_grad_norm"),
+        at_least_0=("bound_coef", "beta"),
         finite=("log_std",),
-    )
-    require(
-        0 <= args.bound_coef < float("inf"),
-        f"--bound-coef must be at least 0 and finite, not {args.bound_coef:g}",
     )
     require(args.reference != "", "--reference is empty; a folder is meant")
     require(
@@ -462,7 +459,6 @@ def check(args: Args) -> None:
         args.advantage != "process" or args.gamma == 1,
         f"--gamma {args.gamma:g}: --advantage process sums rewards as they are; it goes with --gamma 1",
     )
-    require(0 <= args.beta < float("inf"), f"--beta must be at least 0 and finite, not {args.beta:g}")
 
 
 def check_groups(envs: VectorEnv, seed: int) -> None:

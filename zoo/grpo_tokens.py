@@ -398,12 +398,11 @@ def check(args: Args) -> None:
         ),
         fractions=("other",),
         positive=("supervised_learning_rate", "reference_scale", "learning_rate", "clip", "max_grad_norm"),
+        at_least_0=("supervised_steps", "beta"),
     )  # fmt: skip
     require(
         args.num_envs == 1, f"--num-envs {args.num_envs}: tasks of tokens have none; --batch-size is meant"
     )
-    require(0 <= args.beta < float("inf"), f"--beta must be at least 0 and finite, not {args.beta:g}")
-    require(args.supervised_steps >= 0, f"--supervised-steps must be at least 0, not {args.supervised_steps}")
     require(args.dim % args.heads == 0, f"--heads {args.heads} does not divide --dim {args.dim}")
     require(
         args.other == 0 or args.env == "Sort",

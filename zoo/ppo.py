@@ -443,7 +443,8 @@ def check(args: Args) -> None:
         at_least_1=("num_steps", "num_epochs", "minibatch_size", "hidden", "normalizer_steps"),
         fractions=("gamma", "gae_lambda"),
         positive=("learning_rate", "clip", "max_grad_norm", "target_kl", "value_clip"),
-        finite=("kl_coef", "value_coef", "entropy_coef", "bound_coef", "log_std"),
+        at_least_0=("kl_coef", "value_coef", "entropy_coef", "bound_coef"),
+        finite=("log_std",),
     )
     batch = args.num_envs * args.num_steps
     require(batch > 1, "--num-envs x --num-steps must be at least 2, for a batch to have a variance")

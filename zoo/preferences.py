@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.nn.functional import leaky_relu, one_hot
 
-from zoo.common.args import RunArgs, check_args, flag, require
+from zoo.common.args import RunArgs, check_args, require
 from zoo.common.ask import Human, Recorder
 from zoo.common.cli import main
 from zoo.common.device import compile_function, flatten, loader, scan, setup
@@ -800,12 +800,9 @@ def check(args: Args) -> None:
             "learning_rate", "clip", "max_grad_norm", "target_kl", "value_clip", "reward_learning_rate",
             "rationality",
         ),
+        at_least_0=("kl_coef", "value_coef", "entropy_coef", "bound_coef", "pessimism"),
         finite=("log_std",),
     )  # fmt: skip
-    for name in ("kl_coef", "value_coef", "entropy_coef", "bound_coef", "pessimism"):
-        value = getattr(args, name)
-        fits = 0 <= value < math.inf
-        require(fits, f"{flag(name)} must be at least 0 and finite, not {value:g}")
     batch = args.num_envs * args.num_steps
     require(batch > 1, "--num-envs x --num-steps must be at least 2, for a batch to have a variance")
     require(

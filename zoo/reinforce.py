@@ -425,7 +425,8 @@ def check(args: Args) -> None:
         at_least_1=("minibatch_size", "value_epochs", "report_every", "hidden"),
         fractions=("gamma",),
         positive=("learning_rate", "value_learning_rate"),
-        finite=("bound_coef", "log_std"),
+        at_least_0=("bound_coef",),
+        finite=("log_std",),
     )
     require(
         args.baseline not in ("mean", "optimal") or args.num_envs > 1,

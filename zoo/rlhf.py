@@ -647,18 +647,13 @@ def check(args: Args) -> None:
             "supervised_learning_rate", "reference_scale", "temperature", "reward_learning_rate",
             "learning_rate", "clip", "max_grad_norm",
         ),
+        at_least_0=("supervised_steps", "value_coef", "ptx"),
     )  # fmt: skip
     require(
         args.num_envs == 1, f"--num-envs {args.num_envs}: tasks of tokens have none; --batch-size is meant"
     )
     require(0 <= args.kl_coef < float("inf"), f"--beta must be at least 0 and finite, not {args.beta}")
-    require(
-        0 <= args.value_coef < float("inf"),
-        f"--value-coef must be at least 0 and finite, not {args.value_coef:g}",
-    )
     require(args.earlier != "", "--earlier is empty; a folder is meant")
-    require(0 <= args.ptx < float("inf"), f"--ptx must be at least 0 and finite, not {args.ptx}")
-    require(args.supervised_steps >= 0, f"--supervised-steps must be at least 0, not {args.supervised_steps}")
     require(args.dim % args.heads == 0, f"--heads {args.heads} does not divide --dim {args.dim}")
     require(args.answers >= 2, f"--answers must be at least 2, a comparison's, not {args.answers}")
     require(

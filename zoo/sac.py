@@ -328,9 +328,9 @@ def check(args: Args) -> None:
         at_least_1=("batch_size", "random_hold", "report_every", "hidden"),
         fractions=("gamma", "tau"),
         positive=("updates_per_step", "learning_rate", "critic_learning_rate", "alpha"),
+        at_least_0=("random_steps",),
         finite=("target_entropy",),
     )
-    require(args.random_steps >= 0, f"--random-steps must be at least 0, not {args.random_steps}")
     require(
         args.buffer_size >= args.num_envs,
         f"--buffer-size {args.buffer_size} is less than one step of the environments"

@@ -521,13 +521,10 @@ def check(args: Args) -> None:
         ),
         fractions=("gamma", "gae_lambda", "cg_tolerance"),
         positive=("delta", "learning_rate"),
-        finite=("bound_coef", "log_std"),
-    )
-    require(
-        0 <= args.damping < float("inf"), f"--damping must be a number of at least 0, not {args.damping:g}"
+        at_least_0=("damping", "bound_coef", "max_backtracks"),
+        finite=("log_std",),
     )
     require(0 < args.backtrack < 1, f"--backtrack must lie between 0 and 1, not {args.backtrack:g}")
-    require(args.max_backtracks >= 0, f"--max-backtracks must be at least 0, not {args.max_backtracks}")
     batch = args.num_envs * args.num_steps
     require(batch > 1, "--num-envs x --num-steps must be at least 2, for a batch to have a variance")
     require(

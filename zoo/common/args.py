@@ -135,14 +135,15 @@ def require(condition: bool, message: str) -> None:
 def check_args(
     args: RunArgs,
     at_least_1: Sequence[str] = (),
+    at_least_0: Sequence[str] = (),
     fractions: Sequence[str] = (),
     positive: Sequence[str] = (),
     finite: Sequence[str] = (),
 ) -> None:
     """Refuse common arguments that cannot work, and the agent's own that are named here.
 
-    at_least_1, fractions in [0, 1], positive, finite: names of fields. None passes, and of a tuple every
-    element is meant. Agents call it first and `require` what else they need.
+    at_least_1, at_least_0, fractions in [0, 1], positive, finite: names of fields. None passes, and of a
+    tuple every element is meant. Agents call it first and `require` what else they need.
     """
     least = {"seed": 0, "eval_every": 0}
     least |= dict.fromkeys(
@@ -153,6 +154,10 @@ def check_args(
         values = value if isinstance(value, tuple) else () if value is None else (value,)
         fits = all(v >= minimum for v in values) and value != ()
         require(fits, f"{flag(name)} must be at least {minimum}, not {value}")
+    for name in at_least_0:
+        value = getattr(args, name)
+        least_of_all = "at least 0 and finite" if isinstance(value, float) else "at least 0"
+        require(0 <= value < math.inf, f"{flag(name)} must be {least_of_all}, not {value:g}")
     for name in fractions:
         value = getattr(args, name)
         require(0 <= value <= 1, f"{flag(name)} must lie in [0, 1], not {value:g}")
