@@ -319,7 +319,7 @@ def tune(args: Args) -> None:
         setting = {"agent": args.agent, "env": args.env, "seeds": seeds, "args": args.args}
         setting["ranges"] = json.loads(json.dumps(ranges))  # as Optuna gives them back
         before = study.user_attrs.get("setting", setting)
-        differing = [name for name in setting if before.get(name) != setting[name]]
+        differing = [name for name in setting if before.get(name, setting[name]) != setting[name]]
         require(
             not differing,
             f"--folder {folder}: holds a search with other {', '.join(differing)}; name another one",

@@ -258,7 +258,7 @@ def test_the_agents_find_the_environments_by_module_and_id():
         (dict(name="Sorted"), "Sorted.*nearest: Sort"),
         (dict(name="CartPole-v1"), "CartPole-v1.*Count, Sort, Add"),
         (dict(name="Sort", digits=0), "empty response"),
-        (dict(name="Add", digits=18), r"\[1, 17\], not 18.*sums of 18 overflow"),
+        (dict(name="Add", digits=18), r"\[1, 17\], not 18.*Add of 18 needs 10\^19"),
         (dict(name="Count", digits=3), "Count has none"),
     ],
 )

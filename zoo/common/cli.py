@@ -176,7 +176,7 @@ def main(args_class: type[Args], train: Callable[[Args], Any], defaults_for: Cal
         asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
         less = "smaller networks, smaller batches or fewer environments need less"
         told = f"error: there is no memory{f' for {asked[1]}' if asked else ' for that'}; {less}"
-        if process.saved_step is None:  # so it is the sizes given, and no fault on the way
+        if process.saved_step is None and not process.again:  # most likely it is the sizes given
             _end(2, told)
         _end(1, f"{told}\n{process.after_fault()}")
     except KeyboardInterrupt as error:

@@ -7,6 +7,7 @@ import fcntl
 import io
 import os
 import pickle
+import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -134,20 +135,22 @@ def load_checkpoint(path: Path, flag: str, agent: str | None = None, env: str | 
 def lock_folder(folder: Path, flag: str, wait: bool = False) -> IO[str]:
     """Hold `folder` until the returned file is closed or the process dies.
 
-    Raises UsageError when another run holds it, unless it is to `wait`, or it cannot be written.
+    Raises UsageError when another run holds it, or it cannot be written. To `wait` for that run is told.
     """
     try:
         file = open(folder / ".lock", "a+")  # noqa: SIM115  kept open: it is the lock
     except OSError as error:
         raise UsageError(f"{flag} {folder}: cannot be written: {error.strerror}") from error
     try:
-        # the kernel drops it with the process: never stale
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it with the process: never stale
     except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "unknown"
-        file.close()
-        raise UsageError(f"{flag} {folder}: run folder in use by process {holder}") from None
+        if not wait:
+            file.close()
+            raise UsageError(f"{flag} {folder}: run folder in use by process {holder}") from None
+        print(f"waiting for process {holder}, which is at work in {folder}", file=sys.stderr, flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()
@@ -160,20 +163,27 @@ class Table:
     def __init__(self, path: Path, columns: list[str], last_step: int, most: int | None = None):
         """Open the table, keeping of an old one the complete rows up to `last_step`, `most` at most.
 
-        Raises OSError; UsageError, before anything is written, where another program has changed it.
+        What comes after them was not on the disk for certain when a run was cut off, and may be anything.
+        Raises OSError; UsageError, before anything is written, where another program has changed the rows.
         """
         self.path, self.columns, self.count = path, columns, 0  # of its rows
         self._file: IO[bytes] | None = None
         try:
-            text = path.read_text() if path.exists() else ""
-            rows = list(csv.DictReader(text.split("\n")[:-1]))  # what follows the last newline is torn
-            for number, row in enumerate(rows, 1):
-                if None in row or not (row.get("step") or "").isdecimal():
-                    raise ValueError(f"row {number} has no step, or more cells than the header")
+            lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # the last one may be torn
+            kept = b"\n".join(lines if most is None else lines[: most + 1])  # after the header
+            rows = list(csv.DictReader(kept.decode(errors="replace").split("\n"))) if kept else []
+            whole = [None not in row and (row.get("step") or "").isdecimal() for row in rows]
+            wanted = [good and int(row["step"]) <= last_step for good, row in zip(whole, rows, strict=True)]
+            last = len(rows)
+            if most is None and True in wanted:
+                last -= wanted[::-1].index(True)
+            if False in whole[:last]:
+                number = whole.index(False) + 1
+                raise ValueError(f"row {number} has no step, or more cells than the header")
         except (ValueError, csv.Error) as error:
             what = f"--resume {path.parent}: {path.name} is not as the run has written it ({error})"
             raise UsageError(f"{what}; mend it, or move it away to go on without it") from error
-        rows = [row for row in rows if int(row["step"]) <= last_step][:most]  # one step may have many
+        rows = [row for row, good in zip(rows, wanted, strict=True) if good]  # one step may have many
         if rows:
             self.columns = list(rows[0])
         self.replace(rows)

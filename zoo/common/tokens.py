@@ -215,8 +215,8 @@ def make_task(name: str, digits: int | None = None, seed: int = 0) -> Task:
         return Count(seed=seed)
     if digits is not None and not 1 <= digits <= 17:
         raise UsageError(
-            f"--digits must lie in [1, 17], not {digits}: an empty response scores nothing, and sums of 18 "
-            "overflow (Add)"
+            f"--digits must lie in [1, 17], not {digits}: an empty response scores nothing, and Add "
+            "of 18 needs 10^19, which int64 does not hold"
         )
     return TASKS[name]() if digits is None else TASKS[name](digits)  # type: ignore[call-arg]
 
