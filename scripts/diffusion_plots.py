@@ -279,9 +279,11 @@ def draw(curves: Curves, runs: Path, results: Path) -> list[str]:
     matplotlib.use("Agg")
     ended = [f"{name}/seed_{seed}" for name in curves for seed in (1, 2)]
     there = {run for run in ended if (runs / run / "agent.pt").exists()}
-    lines = {name: label for name, label in LINE.items() if f"{name}/seed_1" in there}
+    lines = {name: label for name, label in LINE.items() if name in curves}
     missing = []
-    if lines:
+    if lack := [f"{name}/seed_1" for name in lines if f"{name}/seed_1" not in there]:
+        missing.append(f"density.png needs {', '.join(lack)}")
+    elif lines:
         draw_density(runs, lines, results / "density.png")
     for out, names, function in (
         ("ring.png", RING.keys(), draw_ring),
