@@ -631,7 +631,9 @@ def test_killed_while_running(tmp_path):
 
 
 @pytest.mark.parametrize("at", ["stop-at", "stop-in-evaluation"])
-def test_interrupt_then_resume(tmp_path, monkeypatch, capsys, at):
+def test_interrupt_then_resume(tmp_path, monkeypatch, capsys, at, request):
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests run under nohup
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, ignored))
     train(Args(run_dir=str(tmp_path / "whole")))
     folder = tmp_path / "run"
     for kill, status, step in (
