@@ -96,7 +96,7 @@ def draw_density(runs: Path, names: dict[str, str], out: Path) -> None:
 RING = {
     "ring_return/seed_1": "KL in the return",
     "ring_none/seed_1": "no KL, seed 1",
-    "ring_none/seed_2": "no KL, seed 2",
+    "ring_none/seed_3": "no KL, seed 3",
 }
 
 
@@ -277,7 +277,7 @@ def draw(curves: Curves, runs: Path, results: Path) -> list[str]:
     import matplotlib
 
     matplotlib.use("Agg")
-    ended = [f"{name}/seed_{seed}" for name in curves for seed in (1, 2)]
+    ended = [f"{name}/seed_{seed}" for name in curves for seed in (1, 3)]
     there = {run for run in ended if (runs / run / "agent.pt").exists()}
     lines = {name: label for name, label in LINE.items() if name in curves}
     missing = []

@@ -229,14 +229,14 @@ def test_the_ring_is_drawn_of_two_seeds_without_a_kl(script, monkeypatch, tmp_pa
         (tmp_path / run / "agent.pt").touch()
     curves = {"ring_return": [[]], "ring_none": [[]]}
     digits = "digits.png needs digits_none/seed_1, digits_return/seed_1"
-    assert plots.draw(curves, tmp_path, tmp_path) == ["ring.png needs ring_none/seed_2", digits]
-    (tmp_path / "ring_none" / "seed_2").mkdir()
-    (tmp_path / "ring_none" / "seed_2" / "agent.pt").touch()
+    assert plots.draw(curves, tmp_path, tmp_path) == ["ring.png needs ring_none/seed_3", digits]
+    (tmp_path / "ring_none" / "seed_3").mkdir()
+    (tmp_path / "ring_none" / "seed_3" / "agent.pt").touch()
     assert plots.draw(curves, tmp_path, tmp_path) == [digits]
     assert (tmp_path / "ring.png").stat().st_size > 10_000
     titles = [panel.get_title().split("\n") for panel in figures[0].axes]
     assert [title for title, _ in titles] == [
-        "reference", "tilt", "KL in the return", "no KL, seed 1", "no KL, seed 2"
+        "reference", "tilt", "KL in the return", "no KL, seed 1", "no KL, seed 3"
     ]  # fmt: skip
     modes = [told for _, told in titles]
     assert modes[3] == "right mode 0.00, left 0.00"
