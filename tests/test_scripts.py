@@ -282,6 +282,7 @@ def test_stopping_lets_runs_checkpoint_and_says_how_to_go_on(bench, number):
         stdout=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
     )
     started = [bench.runs / f"seed_{seed}" / "checkpoint.pt" for seed in (1, 2)]
     deadline = time.monotonic() + 30
