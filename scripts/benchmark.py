@@ -469,19 +469,11 @@ def keep_agent(folder: Path, runs: Path, seeds: dict[int, dict[str, Any]]) -> in
 @contextlib.contextmanager
 def holding(job: Job) -> Iterator[None]:
     """Hold the folder of all results, waiting for another benchmark that does: one with other --runs would
-    write meta.json without this one's seed. Raises RunFault."""
+    write meta.json without this one's seed. Raises RunFault; UsageError where the lock cannot be made."""
     with writing(job.results):
         job.results.mkdir(parents=True, exist_ok=True)
-        with locked(job.results.parents[1]):
+        with lock_folder(job.results.parents[1], "--results", wait=True):
             yield
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, as soon as nobody else does. Raises OSError."""
-    with open(folder / ".lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def record(job: Job, side_by_side: int) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from zoo.common.cli import parse
 from zoo.common.envs import make_envs
 from zoo.common.errors import RunFault, UsageError
 from zoo.common.evaluate import evaluate
-from zoo.common.files import make_folder, write_atomically, writing
+from zoo.common.files import lock_folder, make_folder, write_atomically, writing
 
 RESULTS = Path(__file__).parents[1] / "results" / "own_tasks" / "ppo.csv"
 COLUMNS = ("task", "side", "seed", "eval_return", "eval_std", "seconds", "arguments")
@@ -157,7 +157,8 @@ def measure(task: str, side: str, seed: int, arguments: str) -> None:
         mean, std = run_zoo(env_id, seed, arguments)
     seconds = f"{time.perf_counter() - start:.0f}"
     made = (task, side, seed, f"{mean:.6g}", f"{std:.6g}", seconds, arguments)
-    with writing(RESULTS.parent), benchmark.locked(RESULTS.parent):  # another may measure the other side
+    # another process may measure the other side
+    with writing(RESULTS.parent), lock_folder(RESULTS.parent, "--results", wait=True):
         text = io.StringIO()
         rows = [COLUMNS, *(row.values() for row in read()), made]
         csv.writer(text, lineterminator="\n").writerows(rows)
