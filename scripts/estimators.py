@@ -37,13 +37,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from zoo import ppo, trpo
 from zoo.actor_critic import effective_sample_size, gae, n_step, td
-from zoo.common.cli import require
+from zoo.common.cli import require, script_args
 from zoo.common.device import flatten
 from zoo.common.envs import make_envs
 from zoo.common.errors import RunFault, UsageError
@@ -879,7 +878,7 @@ def measure_all(args: Args) -> list[dict[str, str]]:
 def main() -> int:
     """Measure, or tell in one line what is wrong; the exit status."""
     try:
-        run(tyro.cli(Args, description=__doc__))
+        run(script_args(Args, __doc__))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

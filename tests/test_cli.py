@@ -9,6 +9,7 @@ import torch
 
 from zoo.common.args import RunArgs
 from zoo.common.cli import main, script_args
+from zoo.common.errors import UsageError
 from zoo.common.process import present_process
 
 
@@ -17,9 +18,9 @@ class Args(RunArgs):
     pass
 
 
-def ended(train, monkeypatch, capsys):
+def ended(train, monkeypatch, capsys, *words):
     """The exit status of an agent with this `train`, and the lines on stderr."""
-    monkeypatch.setattr(sys, "argv", ["agent.py"])
+    monkeypatch.setattr(sys, "argv", ["agent.py", *words])
     with pytest.raises(SystemExit) as end:
         main(Args, train, lambda env: {})
     return end.value.code, capsys.readouterr().err.splitlines()
@@ -57,7 +58,7 @@ def test_another_error_of_torch_keeps_its_traceback(monkeypatch):
         main(Args, lambda args: torch.zeros(2) + torch.zeros(3), lambda env: {})
 
 
-def test_scripts_take_whole_numbers_as_agents_do(capsys):
+def test_scripts_take_whole_numbers_as_agents_do():
     @dataclass
     class Counts:
         one: int = 1
@@ -67,6 +68,33 @@ def test_scripts_take_whole_numbers_as_agents_do(capsys):
     assert script_args(Counts, None, []) == Counts()
     given = ["--one", "1e3", "--maybe", "2e5", "--some", "1", "2e0"]
     assert script_args(Counts, None, given) == Counts(1000, 200_000, (1, 2))
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(UsageError, match=r"^Error parsing --one: '1.5' is no whole number$"):
         script_args(Counts, None, ["--one", "1.5"])
-    assert end.value.code == 2 and "is no whole number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", ["40", "200"])
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--total-stpes", "9"], "Unrecognized options: --total-stpes, 9; perhaps you meant --total-steps"),
+        (["--zzz", "9"], "Unrecognized options: --zzz, 9"),
+        (["--no-complie"], "Unrecognized options: --no-complie; perhaps you meant --compile or --no-compile"),
+        (["--num-envs"], "Missing value for argument '--num-envs'. Expected 1 values."),
+        (["--eval-every", "many"], "Error parsing --eval-every: 'many' is no whole number"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line_and_status_2(words, line, columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert ended(lambda args: None, monkeypatch, capsys, *words) == (2, [f"error: {line}"])
+
+
+def test_what_is_said_while_arguments_are_read_is_not_lost(capsys):
+    @dataclass
+    class Told:
+        one: int = 1
+
+        def __post_init__(self):
+            print("told", file=sys.stderr)
+
+    script_args(Told, None, [])
+    assert set(capsys.readouterr().err.split()) == {"told"}

@@ -5,11 +5,12 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import io
 import re
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -39,7 +40,7 @@ DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROF
 def parse(args_class: type[Args], defaults_for: Callable[[str], dict], argv: Sequence[str]) -> Args:
     """The arguments: those in `argv`, else those of the run resumed, else the task's, else the dataclass's.
 
-    Raises UsageError (the checkpoint cannot be resumed) and SystemExit (status 2 from tyro; 0 after --help).
+    Raises UsageError (for what cannot be read, or resumed) and SystemExit (0, after --help).
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--env", nargs="?")  # nargs: complaints are left to tyro
@@ -61,11 +62,37 @@ def parse(args_class: type[Args], defaults_for: Callable[[str], dict], argv: Seq
         known = settings_for(given.env or args_class().env, defaults_for)
     default = dataclasses.replace(args_class(), **known)
     hidden = args_class.idle if {"-h", "--help"} & set(argv) else ()
-    with registry(args_class, hidden):
+    with registry(args_class, hidden), _complaints():
         return tyro.cli(
             args_class, args=list(argv), default=default, description=_about(args_class, given.env),
             config=(tyro.conf.OmitArgPrefixes,),  # the groups' names are titles, no part of a flag
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _complaints() -> Iterator[None]:
+    """Raises UsageError, in one line, for what tyro would frame, print and exit with."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            yield
+    except SystemExit as end:
+        if end.code == 2:
+            raise UsageError(_unframed(told.getvalue())) from None
+        raise
+    sys.stderr.write(told.getvalue())
+
+
+def _unframed(frame: str) -> str:
+    """A complaint without tyro's frame, in one line; of the help below it only the flags it proposes."""
+    rows = [row.strip("│╭╮╰╯ ") for row in re.sub(r"\x1b\[[\d;]*m", "", frame).splitlines()]
+    below_title = "\n".join([row for row in rows if row][1:])
+    parts = [part.strip() for part in re.split(r"^[─-]+$", below_title, flags=re.MULTILINE)]
+    complaint, *rest = [part for part in parts if part] or [frame.strip()]  # for a frame of another kind
+    meant = "\n".join([part for part in rest if part.startswith("Perhaps you meant")])
+    flags = re.findall(r"(?:^|, )(--[\w-]+)", meant, re.MULTILINE)
+    complaint = complaint.replace("\n", " ")
+    return f"{complaint}; perhaps you meant {' or '.join(flags)}" if flags else complaint
 
 
 def _about(args_class: type[RunArgs], env: str | None) -> str:
@@ -144,10 +171,13 @@ def _whole(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 def script_args(
     args_class: type[ScriptArgs], about: str | None, argv: Sequence[str] | None = None
 ) -> ScriptArgs:
-    """A script's arguments, by default those of sys.argv; whole numbers may be given as 1e6."""
+    """A script's arguments, by default those of sys.argv; whole numbers may be given as 1e6.
+
+    Raises UsageError (for what cannot be read) and SystemExit (0, after --help).
+    """
     rules = ConstructorRegistry()
     rules.primitive_rule(_whole)
-    with rules:
+    with rules, _complaints():
         return tyro.cli(args_class, args=argv, description=about)
 
 
