@@ -84,10 +84,10 @@ TEN, FIVE, THREE = range(1, 11), range(1, 6), range(1, 4)
 SUITES: dict[str, list[Entry]] = {
     "ppo": [
         Entry("ppo", "HalfCheetah-v4", TEN),
-        Entry("ppo", "Hopper-v4", FIVE),
-        Entry("ppo", "Walker2d-v4", FIVE),
+        Entry("ppo", "Hopper-v4", TEN),
+        Entry("ppo", "Walker2d-v4", TEN),
         Entry("ppo", "CartPole-v1", TEN),
-        Entry("ppo", "Acrobot-v1", FIVE),
+        Entry("ppo", "Acrobot-v1", TEN),
         Entry("ppo", "Pendulum-v1", TEN),
         Entry("ppo", "MountainCarContinuous-v0", TEN),
         Entry("ppo", "MountainCar-v0", FIVE),
