@@ -90,7 +90,7 @@ SUITES: dict[str, list[Entry]] = {
         Entry("ppo", "Acrobot-v1", TEN),
         Entry("ppo", "Pendulum-v1", TEN),
         Entry("ppo", "MountainCarContinuous-v0", TEN),
-        Entry("ppo", "MountainCar-v0", FIVE),
+        Entry("ppo", "MountainCar-v0", TEN),
     ],
     "reinforce": [
         Entry("reinforce", "CartPole-v1", FIVE),
@@ -116,7 +116,7 @@ SUITES: dict[str, list[Entry]] = {
         Entry("trpo", "HalfCheetah-v4", TEN),
         Entry("trpo", "Hopper-v4", FIVE),
         Entry("trpo", "Walker2d-v4", FIVE),
-        Entry("trpo", "CartPole-v1", FIVE),
+        Entry("trpo", "CartPole-v1", TEN),
         Entry("trpo", "Acrobot-v1", FIVE),
         Entry("trpo", "Pendulum-v1", TEN),
         Entry("trpo", "MountainCar-v0", TEN),
