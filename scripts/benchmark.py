@@ -93,7 +93,7 @@ SUITES: dict[str, list[Entry]] = {
         Entry("ppo", "MountainCar-v0", TEN),
     ],
     "reinforce": [
-        Entry("reinforce", "CartPole-v1", FIVE),
+        Entry("reinforce", "CartPole-v1", TEN),
         Entry("reinforce", "HalfCheetah-v4", FIVE, "--total-steps 3000000"),
         Entry("reinforce", "Hopper-v4", FIVE),
         Entry("reinforce", "Walker2d-v4", FIVE),
@@ -117,7 +117,7 @@ SUITES: dict[str, list[Entry]] = {
         Entry("trpo", "Hopper-v4", FIVE),
         Entry("trpo", "Walker2d-v4", FIVE),
         Entry("trpo", "CartPole-v1", TEN),
-        Entry("trpo", "Acrobot-v1", FIVE),
+        Entry("trpo", "Acrobot-v1", TEN),
         Entry("trpo", "Pendulum-v1", TEN),
         Entry("trpo", "MountainCar-v0", TEN),
         Entry("trpo", "MountainCarContinuous-v0", TEN),
