@@ -115,7 +115,7 @@ SUITES: dict[str, list[Entry]] = {
     "trpo": [
         Entry("trpo", "HalfCheetah-v4", TEN),
         Entry("trpo", "Hopper-v4", FIVE),
-        Entry("trpo", "Walker2d-v4", FIVE),
+        Entry("trpo", "Walker2d-v4", TEN),
         Entry("trpo", "CartPole-v1", TEN),
         Entry("trpo", "Acrobot-v1", TEN),
         Entry("trpo", "Pendulum-v1", TEN),
