@@ -10,7 +10,7 @@ import torch
 from zoo.common.args import RunArgs
 from zoo.common.cli import main, script_args
 from zoo.common.errors import UsageError
-from zoo.common.process import present_process
+from zoo.common.process import present_process, say
 
 
 @dataclass
@@ -98,3 +98,17 @@ def test_what_is_said_while_arguments_are_read_is_not_lost(capsys):
 
     script_args(Told, None, [])
     assert set(capsys.readouterr().err.split()) == {"told"}
+
+
+def test_a_signal_cannot_part_a_line_from_its_end(monkeypatch):
+    """Python runs a signal's handler between two writes, and it writes a line of its own."""
+
+    class Written(list):
+        write = list.append
+
+        def flush(self):
+            pass
+
+    monkeypatch.setattr(sys, "stderr", written := Written())
+    say("300 steps: evaluation 1.5")
+    assert [piece for piece in written if piece] == ["300 steps: evaluation 1.5\n"]

@@ -27,13 +27,12 @@ import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from zoo.common.envs import VectorEnv, make_single
 from zoo.common.errors import RunFault, UsageError
 from zoo.common.files import write_atomically
 from zoo.common.pictures import draw_quickly, draw_unseen, follow, write_gif
-from zoo.common.process import present_process
+from zoo.common.process import present_process, say
 
 SIZE = 240  # pixels of a side
 MOST = 8  # questions that wait for an answer: more would show what the agent has long unlearned
@@ -163,8 +162,7 @@ class Human:
             torn.unlink()
         self.answered = len(list(self.folder.glob("*.npz")))
         threading.Thread(target=self.server.serve_forever, args=(0.1,), daemon=True).start()
-        told = f"compare clips at {self.address} ({self.answered} of {labels} done)"
-        tqdm.write(told, file=sys.stderr)
+        say(f"compare clips at {self.address} ({self.answered} of {labels} done)")
 
     @property
     def waiting(self) -> int:

@@ -14,7 +14,6 @@ one call makes a whole pass over a batch, whose minibatches are a loop that the 
 """
 
 import os
-import sys
 import time
 import types
 from collections.abc import Callable
@@ -24,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from tqdm import tqdm
 
 from zoo.common.errors import UsageError
+from zoo.common.process import say
 
 COMPILING = "compiling (some seconds; the first time on a machine up to a minute) ..."
 
@@ -139,7 +138,7 @@ class _Compiled:
                 if type(error).__name__ == "FailOnRecompileLimitHit":
                     reason = "a constant that it reads keeps changing; pass what changes as a tensor"
                 told = f"warning: torch.compile failed, running {self.name} eagerly ({reason})"
-                print(told, file=sys.stderr)
+                say(told)
             _Compiled.warned = True
             self.call = self.eager
         # what a CUDA graph returned is overwritten by its next replay
@@ -148,7 +147,7 @@ class _Compiled:
     def _first_call(self, *args: Any) -> Any:
         start = time.perf_counter()
         if not _Compiled.told:
-            tqdm.write(COMPILING, file=sys.stderr)  # above a run's bar
+            say(COMPILING)
             _Compiled.told = True
         import torch._inductor.config  # a second, spared to runs that do not compile
 

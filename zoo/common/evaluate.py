@@ -1,15 +1,14 @@
 """Evaluations: whole episodes of a deterministic policy, in environments of their own."""
 
 import contextlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from zoo.common.args import RunArgs
 from zoo.common.envs import VectorEnv, make_envs
+from zoo.common.process import say
 from zoo.common.seeding import env_seeds
 
 Policy = Callable[[np.ndarray], np.ndarray]  # observations (N, D) to actions (N,) or (N, A), without noise
@@ -56,9 +55,8 @@ def evaluate(policy: Policy, envs: VectorEnv, episodes: int, seed: int) -> tuple
         cut += int(running.sum())
         returns, lengths = np.concatenate([returns, total]), np.concatenate([lengths, length])
     if cut:
-        tqdm.write(
+        say(
             f"warning: {envs.env_id}: {cut} of {episodes} evaluation episodes did not end in "
-            f"{MAX_EPISODE:,} steps and were cut there; a time limit would end them",
-            file=sys.stderr,
+            f"{MAX_EPISODE:,} steps and were cut there; a time limit would end them"
         )
     return returns, lengths

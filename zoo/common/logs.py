@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import secrets
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,10 +83,6 @@ class Logs:
         """Add an evaluation's values to the last row, that of `step`. Raises OSError."""
         self.table.amend_last({"step": step, **values})
         self._add(step, {f"eval/{name.removeprefix('eval_')}": value for name, value in values.items()})
-
-    def say(self, line: str) -> None:
-        """Write a line to stderr, above the bar."""
-        tqdm.write(line, file=sys.stderr)
 
     def close(self) -> None:
         """Close all of them. Raises OSError."""

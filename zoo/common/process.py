@@ -14,9 +14,16 @@ import threading
 from contextvars import ContextVar
 from pathlib import Path
 
+from tqdm import tqdm
+
 from zoo.common.errors import Interrupted
 
 _present: ContextVar["Process | None"] = ContextVar("process", default=None)
+
+
+def say(line: str) -> None:
+    """Write a line to stderr, above a progress bar and in one piece, lest a signal's line stand within it."""
+    tqdm.write(f"{line}\n", file=sys.stderr, end="")
 
 
 class Process:

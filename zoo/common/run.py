@@ -32,7 +32,7 @@ from zoo.common.errors import Interrupted, RunFault, UsageError
 from zoo.common.files import load_checkpoint, save_checkpoint, writing
 from zoo.common.folder import describe, described, new_folder, old_folder
 from zoo.common.logs import Logs
-from zoo.common.process import present_process
+from zoo.common.process import present_process, say
 from zoo.common.state import device_of, portable, restored
 
 State = TypeVar("State")
@@ -88,7 +88,7 @@ class Run:
         self._saved_at = time.perf_counter()
         self._started = self._saved_at - wall_time
         resumed = f", resumed at step {self.step:,}" if args.resume else ""
-        self._logs.say(f"run folder: {self.folder}{resumed}")
+        say(f"run folder: {self.folder}{resumed}")
 
     def _resume(self) -> float:
         """Take over the checkpoint, all but its state; the seconds that the run took so far."""
@@ -190,7 +190,7 @@ class Run:
             content, agent_content = portable(state), portable(acting, "acting")
             finished_before = self._made_by is not None and (self.folder / "agent.pt").is_file()
             if finished_before:  # by a run whose arguments stay with what they have made
-                self._logs.say(f"finished at step {self.step:,}; more --total-steps go on")
+                say(f"finished at step {self.step:,}; more --total-steps go on")
             else:
                 with writing(self.folder):
                     self._save(content)
@@ -205,7 +205,7 @@ class Run:
             path = SCRIPTS / f"{script}.py"
             if plays and path.is_file():  # it is not where the package alone is installed
                 command = shlex.join(["python", os.path.relpath(path), str(self.folder)])
-                self._logs.say(f"to {script} it: {command}")
+                say(f"to {script} it: {command}")
         return next(iter(values.values()))
 
     def close(self) -> None:
@@ -240,7 +240,7 @@ class Run:
         with writing(self.folder):
             self._logs.evaluation(self.step, values)
         if not final:
-            self._logs.say(f"{self.step:,} {self.unit}: evaluation {told(values)}")
+            say(f"{self.step:,} {self.unit}: evaluation {told(values)}")
         return values
 
     def _identity(self) -> dict:

@@ -21,6 +21,7 @@ from gymnasium.envs.registration import load_env_creator
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 
 from zoo.common.errors import EnvironmentFault
+from zoo.common.process import say
 
 # A dimension of actions whose bounds are further apart than twice this has none: 1e6, or the largest float32
 # or int32, is how people write "no bound", and spread over it a policy that begins with a deviation near 1
@@ -163,7 +164,7 @@ class VectorEnv:
 @functools.cache
 def _warn_once(message: str) -> None:
     """Evaluations make the same environments again."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    say(f"warning: {message}")
 
 
 def class_name(env: Any) -> str:
