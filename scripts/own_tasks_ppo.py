@@ -12,7 +12,6 @@ allow. A row a run; goes on where it was stopped. A trial's name stands for its 
 another name.
 """
 
-import argparse
 import csv
 import io
 import os
@@ -20,6 +19,7 @@ import shlex
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ import plot
 
 from zoo import ppo
 from zoo.common.args import lookup_in, require
-from zoo.common.cli import parse
+from zoo.common.cli import parse, script_args
 from zoo.common.envs import make_envs
 from zoo.common.errors import RunFault, UsageError
 from zoo.common.evaluate import evaluate
@@ -41,6 +41,23 @@ RESULTS = Path(__file__).parents[1] / "results" / "own_tasks" / "ppo.csv"
 COLUMNS = ("task", "side", "seed", "eval_return", "eval_std", "seconds", "arguments")
 TASKS = list(own_tasks.LENGTHS)
 STEPS, EPISODES = 100_000, 50
+SIDES = ("zoo", "sb3", "known")
+
+
+@dataclass
+class Args:
+    tasks: tuple[str, ...] = tuple(TASKS)
+    """tasks of own_tasks.py"""
+    side: tuple[str, ...] = SIDES
+    """the zoo's PPO, Stable-Baselines3's, what is known"""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """seeds of training and evaluation"""
+    trial: str | None = None
+    """NAME=ARGUMENTS: instead of the sides, the zoo's with other arguments"""
+    results: Path = RESULTS
+    """the table"""
+    report: bool = False
+    """print the table, run nothing"""
 
 
 def run_zoo(env_id: str, seed: int, arguments: str) -> tuple[float, float]:
@@ -177,8 +194,11 @@ def report() -> None:
         print(f"{task:<11} {side:<16} {np.mean(means):>10.4g} ± {std:<8.3g} {each}")
 
 
-def work(args: argparse.Namespace) -> None:
+def work(args: Args) -> None:
     """What is missing, and the table. Raises UsageError, RunFault."""
+    for flag, given, known in (("--tasks", args.tasks, TASKS), ("--side", args.side, SIDES)):
+        for name in given:
+            require(name in known, f"{flag} {name}: there is no such; there are {', '.join(known)}")
     if not args.report:
         for seed in args.seeds:
             require(0 <= seed < 2**31, f"--seeds {seed}: a seed lies in [0, 2**31)")
@@ -194,16 +214,9 @@ def work(args: argparse.Namespace) -> None:
 
 def main() -> int:
     """Measure, or tell in one line what is wrong; the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--side", nargs="+", choices=["zoo", *OTHERS], default=["zoo", *OTHERS])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    parser.add_argument("--trial", metavar="NAME=ARGUMENTS", help="instead of the sides")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the table")
-    parser.add_argument("--report", action="store_true", help="print the table, run nothing")
-    args = parser.parse_args()
-    globals()["RESULTS"] = args.results
     try:
+        args = script_args(Args, __doc__)
+        globals()["RESULTS"] = args.results
         work(args)
     except (UsageError, RunFault) as error:
         print(f"error: {error}", file=sys.stderr)

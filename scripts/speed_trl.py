@@ -11,7 +11,6 @@ trl has gradient checkpointing, dropout and logging switched off. A side's figur
 steps, the first two left out; absolute ones mean little on a busy machine, their ratio in a pair more.
 """
 
-import argparse
 import csv
 import json
 import os
@@ -19,12 +18,24 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
+from zoo.common.cli import script_args
 from zoo.common.errors import RunFault, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, GROUP, EPOCHS, MINIBATCHES, DIGITS, WARM = 256, 8, 4, 2, 8, 2  # the zoo's defaults on Sort
+
+
+@dataclass
+class Args:
+    trl: str = sys.executable
+    """Python interpreter that has trl"""
+    steps: int = 12
+    """steps of a run, the first two not counted"""
+    pairs: int = 3
+    """pairs of runs"""
 
 
 def ours(steps: int, seed: int) -> float:
@@ -63,7 +74,7 @@ def median_step(times: list[float]) -> float:
     return statistics.median(b - a for a, b in zip(times[WARM - 1 :], times[WARM:], strict=False))
 
 
-def compare(args: argparse.Namespace) -> None:
+def compare(args: Args) -> None:
     """Pairs of runs, each side first in turn. Raises UsageError, RunFault."""
     if args.steps <= WARM + 1 or args.pairs < 1:
         raise UsageError(
@@ -90,15 +101,8 @@ def compare(args: argparse.Namespace) -> None:
 
 def main() -> int:
     """Measure, and tell in one line what is wrong; the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--trl", default=sys.executable, help="Python interpreter that has trl")
-    parser.add_argument("--steps", type=int, default=12, help="steps of a run, the first two not counted")
-    parser.add_argument("--pairs", type=int, default=3, help="pairs of runs")
-    args = parser.parse_args()
     try:
-        compare(args)
+        compare(script_args(Args, __doc__))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

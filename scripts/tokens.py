@@ -16,7 +16,6 @@ goes on where it was stopped. Several may run at once.
     RUNS/                               supervised and reward models that several runs go on from
 """
 
-import argparse
 import csv
 import io
 import json
@@ -26,12 +25,16 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Annotated
+
+import tyro
 
 from zoo import dpo, grpo_tokens, rlhf
 from zoo.common.args import lookup_in, require
-from zoo.common.cli import parse
+from zoo.common.cli import parse, script_args
 from zoo.common.errors import RunFault, UsageError
 from zoo.common.files import lock_folder, make_folder, write_atomically, writing
 
@@ -275,19 +278,28 @@ def plot_over_optimisation(results: Path) -> None:
     figure.savefig(results / "over_optimisation.png", dpi=110)
 
 
+@dataclass
+class Args:
+    tables: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """what to measure: count, sort, add, ptx, over"""
+    methods: tuple[str, ...] = ()
+    """only these of each table"""
+    seeds: tuple[int, ...] = ()
+    """seeds (default: 1 to 5 on count, else 1 to 3)"""
+    summary: bool = False
+    """print the tables"""
+    plot: bool = False
+    """draw the figures of what is there"""
+    results: Path = Path("results/tokens")
+    """where rows and curves are kept"""
+    runs: Path = Path("runs/tokens")
+    """where shared stages are kept"""
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
-    parser.add_argument("--methods", nargs="*", help="only these of each table")
-    parser.add_argument("--seeds", nargs="*", type=int, help="1 to 5 on Count, else 1 to 3")
-    parser.add_argument("--summary", action="store_true", help="print the tables")
-    parser.add_argument("--plot", action="store_true", help="draw the figures of what is there")
-    parser.add_argument("--results", type=Path, default=Path("results/tokens"), help="where they are kept")
-    parser.add_argument("--runs", type=Path, default=Path("runs/tokens"), help="where shared stages are kept")
-    args = parser.parse_args()
+    """Do what the arguments say, or tell in one line what is wrong; the exit status."""
     try:
+        args = script_args(Args, __doc__)
         check(args)
         with writing(args.results):
             work(args)
@@ -300,22 +312,22 @@ def main() -> int:
     return 0
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: Args) -> None:
     """Refuse what cannot work. Raises UsageError."""
     tables = ", ".join(TABLES)
     require(bool(args.tables) or args.summary or args.plot, f"name a table, --summary or --plot: {tables}")
     methods = [method for table in args.tables for method in TABLES.get(table, ())]
-    for given, known in ((args.tables, list(TABLES)), (args.methods or [], methods)):
+    for given, known in ((args.tables, list(TABLES)), (args.methods, methods)):
         unknown = sorted(set(given) - set(known))
         told = (
             f"{' '.join(unknown)}: there is no such; there are {', '.join(known) or 'none without a table'}"
         )
         require(not unknown, told)
-    for seed in args.seeds or ():
+    for seed in args.seeds:
         require(0 <= seed < 2**31, f"--seeds {seed}: a seed lies in [0, 2**31)")
 
 
-def work(args: argparse.Namespace) -> None:
+def work(args: Args) -> None:
     """The runs that are missing, the tables and the figures asked for. Raises UsageError, RunFault."""
     if args.tables:
         make_folder(args.results, "--results")

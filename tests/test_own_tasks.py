@@ -109,7 +109,11 @@ def table(tmp_path, monkeypatch, capsys):
     [
         (["--trial", "mine=--clip 0.3"], "has it with '--clip 0.1', not '--clip 0.3'"),
         (["--trial", "sb3=--clip 0.3"], "with a NAME that is none of the sides"),
-        (["--trial", "--clip 0.3"], "give NAME=ARGUMENTS"),
+        (["--trial", "clip 0.3"], "give NAME=ARGUMENTS"),
+        (["--trial", "--clip 0.3"], "Missing value for argument '--trial'"),
+        (["--sides", "zoo"], "perhaps you meant --side"),
+        (["--side", "sb4"], "--side sb4: there is no such; there are zoo, sb3, known"),
+        (["--tasks", "Mase"], "--tasks Mase: there is no such"),
         (["--trial", "new=--clip '0.3"], "No closing quotation"),
         (["--trial", "new=--seed 3"], "given by this script"),
         (["--trial", "new=--num-steps 0"], "--num-steps must be at least 1"),

@@ -101,6 +101,11 @@ def test_what_there_is_not_is_refused(script, monkeypatch, tmp_path, capsys):
     ]
     assert not (tmp_path / "results").exists()
     assert call(script, monkeypatch, tmp_path, "count", "--seeds", "-1") == 2
+    capsys.readouterr()
+    for argv, words in ((["--sumary"], "perhaps you meant --summary"), (["count", "--seeds", "x"], "['x']")):
+        assert call(script, monkeypatch, tmp_path, *argv) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and words in error and error.count("\n") == 1
     for argv, words in ((["--summary"], "holds no table; TABLE"), (["--plot"], "holds no curves of over or")):
         assert call(script, monkeypatch, tmp_path, *argv) == 2
         assert f"--results {tmp_path}/results: {words}" in capsys.readouterr().err

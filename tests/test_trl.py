@@ -100,6 +100,7 @@ def faked(run):
     [
         (["--trl", "no/python"], "--trl no/python: No such file"),
         (["--steps", "3"], "--steps 3 --pairs 3: at least 4 steps"),
+        (["--step", "3"], "Unrecognized options: --step, 3; perhaps you meant --steps"),
     ],
 )
 def test_speed_refuses_in_one_line(argv, words, speed_trl, monkeypatch, capsys):
