@@ -57,7 +57,7 @@ from tqdm import tqdm
 
 import zoo
 from zoo.common.args import RunArgs, lookup_in, require
-from zoo.common.cli import parse, script_args
+from zoo.common.cli import parse, script_main
 from zoo.common.device import setup
 from zoo.common.envs import make_envs, make_single
 from zoo.common.errors import RunFault, UsageError
@@ -903,21 +903,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, and tell in one line what is wrong; the exit status."""
     given = list(sys.argv[1:] if argv is None else argv)
     command = shlex.join(["python", "scripts/benchmark.py", *given])
-    # tyro takes a value that begins with dashes for a flag unless it is joined to its own
-    if "--args" in given[:-1]:
-        at = given.index("--args")
-        given[at : at + 2] = [f"--args={given[at + 1]}"]
-    try:
-        return benchmark(script_args(Args, __doc__, given), command)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunFault as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:  # before the first run is started, or after the last has ended
-        print(f"interrupted; to go on: {command}", file=sys.stderr)
-        return 130
+    told = f"interrupted; to go on: {command}"  # before the first run is started, or after the last has ended
+    return script_main(Args, __doc__, lambda args: benchmark(args, command), given, told)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from benchmark import POLL, last_line, stop_signals
 from diffusion_plots import draw
 
 from zoo.common.args import require
-from zoo.common.cli import script_args
+from zoo.common.cli import script_main
 from zoo.common.errors import RunFault, UsageError
 from zoo.common.files import lock_folder, make_folder, write_atomically, writing
 
@@ -296,14 +296,7 @@ def diffusion(args: Args) -> int:
 
 def main() -> int:
     """Do what the arguments say, or tell in one line what is wrong; the exit status: 1 when a run failed."""
-    try:
-        return diffusion(script_args(Args, __doc__))
-    except (UsageError, RunFault) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    return script_main(Args, __doc__, diffusion, interrupted="interrupted; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -42,10 +42,10 @@ from torch.func import functional_call, grad, vmap
 
 from zoo import ppo, trpo
 from zoo.actor_critic import effective_sample_size, gae, n_step, td
-from zoo.common.cli import require, script_args
+from zoo.common.cli import require, script_main
 from zoo.common.device import flatten
 from zoo.common.envs import make_envs
-from zoo.common.errors import RunFault, UsageError
+from zoo.common.errors import UsageError
 from zoo.common.files import (
     load_checkpoint,
     lock_folder,
@@ -877,18 +877,7 @@ def measure_all(args: Args) -> list[dict[str, str]]:
 
 def main() -> int:
     """Measure, or tell in one line what is wrong; the exit status."""
-    try:
-        run(script_args(Args, __doc__))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunFault as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return script_main(Args, __doc__, run, interrupted="interrupted; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@
 Loading agent.pt executes no code; only agents of the zoo itself are played.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -16,9 +15,8 @@ import tyro
 
 import zoo
 from zoo.common.args import require
-from zoo.common.cli import script_args
+from zoo.common.cli import script_main
 from zoo.common.envs import make_envs
-from zoo.common.errors import RunFault, UsageError
 from zoo.common.evaluate import evaluate
 
 
@@ -34,35 +32,25 @@ class Args:
     """task to play (default: the one the agent was trained on)"""
 
 
+def play(args: Args) -> None:
+    """Print what an agent's episodes come to. Raises UsageError, RunFault."""
+    require(args.run != "", "run is empty; a folder is meant")  # Path("") is the current one
+    require(args.episodes >= 1, f"--episodes must be at least 1, not {args.episodes}")
+    require(0 <= args.seed < 2**31, f"--seed must lie in [0, 2**31), not {args.seed}")
+    agent = zoo.load(args.run, args.env)
+    import torch  # a second, spared to --help
+
+    torch.set_num_threads(1)  # a second one gains nothing, and beside other programs costs twice the time
+    envs = make_envs(agent.env, min(args.episodes, 10))
+    returns, lengths = evaluate(agent.acts, envs, args.episodes, args.seed)
+    print(f"evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
+    line = f"min {returns.min():.2f}, max {returns.max():.2f}, mean length {lengths.mean():.1f} steps"
+    print(line, flush=True)
+
+
 def main() -> int:
     """Evaluate, or tell in one line what is wrong; the exit status."""
-    try:
-        args = script_args(Args, __doc__)
-        require(args.run != "", "run is empty; a folder is meant")  # Path("") is the current one
-        require(args.episodes >= 1, f"--episodes must be at least 1, not {args.episodes}")
-        require(0 <= args.seed < 2**31, f"--seed must lie in [0, 2**31), not {args.seed}")
-        agent = zoo.load(args.run, args.env)
-        import torch  # a second, spared to --help
-
-        torch.set_num_threads(1)  # a second one gains nothing, and beside other programs costs twice the time
-        envs = make_envs(agent.env, min(args.episodes, 10))
-        returns, lengths = evaluate(agent.acts, envs, args.episodes, args.seed)
-        print(f"evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
-        line = f"min {returns.min():.2f}, max {returns.max():.2f}, mean length {lengths.mean():.1f} steps"
-        print(line, flush=True)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunFault as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except OSError as error:  # a full disk, or a pipe that nobody reads any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at its end
-        print(f"error: the evaluation cannot be written: {error.strerror}", file=sys.stderr)
-        return 1
-    return 0
+    return script_main(Args, __doc__, play)
 
 
 if __name__ == "__main__":

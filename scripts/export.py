@@ -28,9 +28,9 @@ from torch import Tensor, nn
 import zoo
 from zoo.common.agent import Agent
 from zoo.common.args import require
-from zoo.common.cli import script_args
+from zoo.common.cli import script_main
 from zoo.common.device import loader
-from zoo.common.errors import RunFault, UsageError
+from zoo.common.errors import RunFault
 from zoo.common.files import write_atomically
 
 OPSET = 18  # of 2022: what reads ONNX at all reads that
@@ -102,34 +102,28 @@ def to_onnx(agent: Agent) -> bytes:
     return model.SerializeToString()
 
 
-def main() -> int:
-    """Export, or tell in one line what is wrong; the exit status."""
+def export(args: Args) -> None:
+    """Write an agent as ONNX. Raises UsageError, RunFault."""
+    require(args.run != "", "run is empty; a folder is meant")  # Path("") is the current one
+    for package in ("onnx", "onnxscript"):
+        found = importlib.util.find_spec(package) is not None
+        require(found, f"export needs {package}, which is missing: pip install -e '.[export]'")
+    require(args.out.parent.is_dir(), f"--out {args.out}: no such folder as {args.out.parent}")
+    require(args.out.suffix == ".onnx", f"--out {args.out}: end the name in .onnx")
+    require(not args.out.is_dir(), f"--out {args.out}: is a folder; a file is meant")
+    agent = zoo.load(args.run)
+    model = to_onnx(agent)
     try:
-        args = script_args(Args, __doc__)
-        require(args.run != "", "run is empty; a folder is meant")  # Path("") is the current one
-        for package in ("onnx", "onnxscript"):
-            found = importlib.util.find_spec(package) is not None
-            require(found, f"export needs {package}, which is missing: pip install -e '.[export]'")
-        require(args.out.parent.is_dir(), f"--out {args.out}: no such folder as {args.out.parent}")
-        require(args.out.suffix == ".onnx", f"--out {args.out}: end the name in .onnx")
-        require(not args.out.is_dir(), f"--out {args.out}: is a folder; a file is meant")
-        agent = zoo.load(args.run)
-        model = to_onnx(agent)
-        try:
-            write_atomically(args.out, lambda file: file.write(model))
-        except OSError as error:
-            raise RunFault(f"--out {args.out}: {error.strerror or error}") from error
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunFault as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        write_atomically(args.out, lambda file: file.write(model))
+    except OSError as error:
+        raise RunFault(f"--out {args.out}: {error.strerror or error}") from error
     shape = ", ".join(map(str, ("N", *agent.envs.obs_shape)))
     print(f"{args.out}: {agent!r}; obs ({shape}) {agent.envs.dtype} -> action, {len(model):,} bytes")
-    return 0
+
+
+def main() -> int:
+    """Export, or tell in one line what is wrong; the exit status."""
+    return script_main(Args, __doc__, export)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,8 @@ import plot
 
 from zoo import ppo
 from zoo.common.args import lookup_in, require
-from zoo.common.cli import parse, script_args
+from zoo.common.cli import parse, script_main
 from zoo.common.envs import make_envs
-from zoo.common.errors import RunFault, UsageError
 from zoo.common.evaluate import evaluate
 from zoo.common.files import lock_folder, make_folder, write_atomically, writing
 
@@ -196,6 +195,7 @@ def report() -> None:
 
 def work(args: Args) -> None:
     """What is missing, and the table. Raises UsageError, RunFault."""
+    globals()["RESULTS"] = args.results
     for flag, given, known in (("--tasks", args.tasks, TASKS), ("--side", args.side, SIDES)):
         for name in given:
             require(name in known, f"{flag} {name}: there is no such; there are {', '.join(known)}")
@@ -214,17 +214,7 @@ def work(args: Args) -> None:
 
 def main() -> int:
     """Measure, or tell in one line what is wrong; the exit status."""
-    try:
-        args = script_args(Args, __doc__)
-        globals()["RESULTS"] = args.results
-        work(args)
-    except (UsageError, RunFault) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return script_main(Args, __doc__, work, interrupted="interrupted; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import numpy as np
 import tyro
 
 from zoo.common.args import require
-from zoo.common.cli import script_args
+from zoo.common.cli import script_main
 from zoo.common.errors import UsageError
 
 # Told apart by readers who see few colours as well (Okabe and Ito); an agent that is not named takes one of
@@ -370,36 +370,32 @@ def draw(
     save(figure, out, fingerprint(folders, published))
 
 
+def work(args: Args) -> None:
+    """Draw the curves asked for. Raises UsageError."""
+    require(
+        importlib.util.find_spec("matplotlib") is not None, "matplotlib is missing: pip install -e '.[plots]'"
+    )
+    require(bool(args.folders) != bool(args.env), "give either folders of curves or --env")
+    folders = list(args.folders) or sorted(
+        path.parent for path in args.results.glob(f"*/{args.env}/meta.json")
+    )
+    require(
+        bool(folders),
+        f"--env {args.env}: no agent has results on it in {args.results}; name the folders of runs",
+    )
+    labels = list(args.labels) or [label(folder) for folder in folders]
+    require(len(labels) == len(folders), f"--labels: {len(labels)} names for {len(folders)} curves")
+    require(bool(args.columns), "--columns: names of columns are missing")
+    title, default = args.env or task(folders), Path("curves.png")
+    out = args.out or (args.results / f"{args.env}.png" if args.env else default)
+    require(out.suffix != "", f"--out {out}: end the name in .png, .svg or .pdf")
+    draw(folders, labels, title, out, args.x, args.results, args.until, args.columns)
+    print(f"{out}: {len(folders)} curve{'s' if len(folders) > 1 else ''}")
+
+
 def main() -> int:
     """Draw, or tell in one line what is wrong; the exit status."""
-    try:
-        args = script_args(Args, __doc__)
-        require(
-            importlib.util.find_spec("matplotlib") is not None,
-            "matplotlib is missing: pip install -e '.[plots]'",
-        )
-        require(bool(args.folders) != bool(args.env), "give either folders of curves or --env")
-        folders = list(args.folders) or sorted(
-            path.parent for path in args.results.glob(f"*/{args.env}/meta.json")
-        )
-        require(
-            bool(folders),
-            f"--env {args.env}: no agent has results on it in {args.results}; name the folders of runs",
-        )
-        labels = list(args.labels) or [label(folder) for folder in folders]
-        require(len(labels) == len(folders), f"--labels: {len(labels)} names for {len(folders)} curves")
-        require(bool(args.columns), "--columns: names of columns are missing")
-        title, default = args.env or task(folders), Path("curves.png")
-        out = args.out or (args.results / f"{args.env}.png" if args.env else default)
-        require(out.suffix != "", f"--out {out}: end the name in .png, .svg or .pdf")
-        draw(folders, labels, title, out, args.x, args.results, args.until, args.columns)
-        print(f"{out}: {len(folders)} curve{'s' if len(folders) > 1 else ''}")
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return script_main(Args, __doc__, work)
 
 
 if __name__ == "__main__":

@@ -40,9 +40,9 @@ import numpy as np
 import plot
 
 from zoo.common.args import RunArgs, as_words, require
-from zoo.common.cli import script_args
+from zoo.common.cli import script_main
 from zoo.common.envs import make_envs
-from zoo.common.errors import RunFault, UsageError
+from zoo.common.errors import RunFault
 from zoo.common.evaluate import Evaluation, evaluate
 from zoo.common.files import write_atomically, writing
 from zoo.common.seeding import generator_seed
@@ -725,14 +725,7 @@ def report(args: Args) -> None:
 
 def main() -> int:
     """Rebuild the report, or tell in one line what is wrong; the exit status."""
-    try:
-        report(script_args(Args, __doc__))
-    except (UsageError, RunFault) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return script_main(Args, __doc__, report)
 
 
 if __name__ == "__main__":

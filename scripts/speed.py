@@ -33,7 +33,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 import zoo
-from zoo.common.cli import script_args
+from zoo.common.cli import script_main
 from zoo.common.errors import RunFault, UsageError
 
 BATCH = 2048  # PPO's and TRPO's; training runs are whole multiples of it on both sides
@@ -289,31 +289,25 @@ def compare_engines(args: Args) -> None:
         sync.close()
 
 
+def work(args: Args) -> None:
+    """Compare what was asked for. Raises UsageError, RunFault."""
+    for name in ("pairs", "threads"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.update and args.agent != "ppo":
+        raise UsageError(f"--update measures PPO's update, not that of --agent {args.agent}")
+    if args.update or args.engine:
+        if args.update:
+            compare_updates(args)
+        if args.engine:
+            compare_engines(args)
+    else:
+        compare_training(args)
+
+
 def main() -> int:
-    """Measure, and tell in one line what is wrong; the exit status."""
-    try:
-        args = script_args(Args, __doc__)
-        for name in ("pairs", "threads"):
-            if getattr(args, name) < 1:
-                raise UsageError(f"--{name} must be at least 1, not {getattr(args, name)}")
-        if args.update and args.agent != "ppo":
-            raise UsageError(f"--update measures PPO's update, not that of --agent {args.agent}")
-        if args.update or args.engine:
-            if args.update:
-                compare_updates(args)
-            if args.engine:
-                compare_engines(args)
-        else:
-            compare_training(args)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunFault as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    """Measure, or tell in one line what is wrong; the exit status."""
+    return script_main(Args, __doc__, work)
 
 
 if __name__ == "__main__":

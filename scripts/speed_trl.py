@@ -21,7 +21,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from zoo.common.cli import script_args
+from zoo.common.cli import script_main
 from zoo.common.errors import RunFault, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,15 +101,7 @@ def compare(args: Args) -> None:
 
 def main() -> int:
     """Measure, and tell in one line what is wrong; the exit status."""
-    try:
-        compare(script_args(Args, __doc__))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunFault as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return script_main(Args, __doc__, compare)
 
 
 if __name__ == "__main__":

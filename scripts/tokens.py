@@ -17,6 +17,7 @@ goes on where it was stopped. Several may run at once.
 """
 
 import csv
+import importlib.util
 import io
 import json
 import shlex
@@ -34,8 +35,8 @@ import tyro
 
 from zoo import dpo, grpo_tokens, rlhf
 from zoo.common.args import lookup_in, require
-from zoo.common.cli import parse, script_args
-from zoo.common.errors import RunFault, UsageError
+from zoo.common.cli import parse, script_main
+from zoo.common.errors import UsageError
 from zoo.common.files import lock_folder, make_folder, write_atomically, writing
 
 Row = dict[str, str]
@@ -298,18 +299,7 @@ class Args:
 
 def main() -> int:
     """Do what the arguments say, or tell in one line what is wrong; the exit status."""
-    try:
-        args = script_args(Args, __doc__)
-        check(args)
-        with writing(args.results):
-            work(args)
-    except (UsageError, RunFault) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return script_main(Args, __doc__, work, interrupted="interrupted; the same command goes on")
 
 
 def check(args: Args) -> None:
@@ -329,13 +319,17 @@ def check(args: Args) -> None:
 
 def work(args: Args) -> None:
     """The runs that are missing, the tables and the figures asked for. Raises UsageError, RunFault."""
+    check(args)
+    found = importlib.util.find_spec("matplotlib") is not None
+    require(found or not args.plot, "--plot needs matplotlib, which is missing: pip install -e '.[plots]'")
     if args.tables:
         make_folder(args.results, "--results")
-    for table in args.tables:
-        for seed in args.seeds or range(1, SEEDS.get(table, 3) + 1):
-            for method in TABLES[table]:
-                if not args.methods or method in args.methods:
-                    measure(table, method, seed, args.results, args.runs)
+    with writing(args.results):
+        for table in args.tables:
+            for seed in args.seeds or range(1, SEEDS.get(table, 3) + 1):
+                for method in TABLES[table]:
+                    if not args.methods or method in args.methods:
+                        measure(table, method, seed, args.results, args.runs)
     if args.summary:
         measured = any(read_table(args.results, table) for table in TABLES)
         require(measured, f"--results {args.results}: holds no table; TABLE measures one")
@@ -347,8 +341,9 @@ def work(args: Args) -> None:
         figures = {"over": plot_over_optimisation, "sort": plot_sort}
         there = [table for table in figures if any(args.results.glob(f"{table}_*__*.csv"))]
         require(bool(there), f"--results {args.results}: holds no curves of {' or '.join(figures)}")
-        for table in there:
-            figures[table](args.results)
+        with writing(args.results):
+            for table in there:
+                figures[table](args.results)
 
 
 if __name__ == "__main__":

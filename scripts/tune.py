@@ -48,7 +48,7 @@ import numpy as np
 
 import zoo
 from zoo.common.args import RunArgs, as_words, flag, lookup_in, require
-from zoo.common.cli import parse, script_args
+from zoo.common.cli import parse, script_main
 from zoo.common.envs import make_single
 from zoo.common.errors import RunFault, UsageError
 from zoo.common.files import lock_folder, make_folder, writing
@@ -420,20 +420,7 @@ def draw(study: Any, out: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Search, or tell in one line what is wrong; the exit status."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    # tyro takes a value that begins with dashes for a flag unless it is joined to its own
-    if "--args" in given[:-1]:
-        at = given.index("--args")
-        given[at : at + 2] = [f"--args={given[at + 1]}"]
-    try:
-        tune(script_args(Args, __doc__, given))
-    except (UsageError, RunFault) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return script_main(Args, __doc__, tune, argv, "interrupted; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import tyro
 import zoo
 from zoo.common.agent import Agent
 from zoo.common.args import require
-from zoo.common.cli import script_args
+from zoo.common.cli import script_main
 from zoo.common.envs import make_single
 from zoo.common.errors import RunFault, UsageError
 from zoo.common.pictures import draw_quickly, draw_unseen, follow, write_gif
@@ -178,17 +178,7 @@ def _undrawn(env_id: str, error: Exception) -> str:
 
 def main() -> int:
     """Play, or tell in one line what is wrong; the exit status."""
-    try:
-        print(play(script_args(Args, __doc__)))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunFault as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return script_main(Args, __doc__, lambda args: print(play(args)))
 
 
 if __name__ == "__main__":

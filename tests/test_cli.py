@@ -1,15 +1,19 @@
 """zoo/common/cli.py: how a run's end is told, and what scripts take as whole numbers."""
 
+import errno
+import os
+import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from zoo.common.args import RunArgs
-from zoo.common.cli import main, script_args
-from zoo.common.errors import UsageError
+from zoo.common.cli import main, script_args, script_main
+from zoo.common.errors import RunFault, UsageError
 from zoo.common.process import present_process, say
 
 
@@ -112,3 +116,60 @@ def test_a_signal_cannot_part_a_line_from_its_end(monkeypatch):
     monkeypatch.setattr(sys, "stderr", written := Written())
     say("300 steps: evaluation 1.5")
     assert [piece for piece in written if piece] == ["300 steps: evaluation 1.5\n"]
+
+
+@dataclass
+class Words:
+    args: str = ""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (UsageError("--args is no good"), 2, "error: --args is no good\n"),
+        (RunFault("it fell over"), 1, "error: it fell over\n"),
+        (KeyboardInterrupt(), 130, "interrupted; go on\n"),
+        (OSError(errno.ENOSPC, "Full"), 1, "error: the output cannot be written: Full\n"),
+        (
+            BrokenPipeError(errno.EPIPE, "Broken pipe"),
+            1,
+            "error: the output cannot be written: Broken pipe\n",
+        ),
+    ],
+)
+def test_how_a_script_ends(error, status, told, capfd):
+    def work(args):
+        assert args.args == "--clip 0.1"
+        raise error
+
+    kept = os.dup(1)
+    try:
+        assert script_main(Words, None, work, ["--args", "--clip 0.1"], "interrupted; go on") == status
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+    assert capfd.readouterr().err == told
+
+
+def test_what_a_script_did_not_expect_keeps_its_traceback():
+    def work(args):
+        Path("no/such/file").read_text()
+
+    with pytest.raises(FileNotFoundError):
+        script_main(Words, None, work, [])
+    with pytest.raises(OSError, match="Bad"):
+        script_main(Words, None, lambda args: os.close(-1), [])
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_stdout_that_takes_nothing_is_one_line():
+    """Also where all that was printed is still in Python's buffer when the work is done."""
+    code = (
+        "import sys; from dataclasses import make_dataclass; from zoo.common.cli import script_main;"
+        "sys.exit(script_main(make_dataclass('Args', ()), None, lambda args: print('x'), []))"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (
+        1, "error: the output cannot be written: No space left on device\n",
+    )  # fmt: skip

@@ -15,6 +15,8 @@ import pytest
 import test_scripts
 from test_scripts import bench  # noqa: F401  a fixture
 
+from zoo.common.cli import script_args
+
 HANGS = 'os.environ.get("STUB_HANG")'  # the environment of a node is not the test's
 
 
@@ -110,7 +112,7 @@ def test_without_ray_a_line_names_what_to_install(bench, monkeypatch, capsys):  
 def test_a_run_that_goes_on_elsewhere_is_waited_for(bench, tmp_path, left):  # noqa: F811
     """Without a cluster: what a node does that is given a run of a lost one."""
     assert bench(seeds="1") == 0
-    job = benchmark.plan(benchmark.script_args(benchmark.Args, None, bench.argv(seeds="1")))[0]
+    job = benchmark.plan(script_args(benchmark.Args, None, bench.argv(seeds="1")))[0]
     calls, progress = bench.calls(), job.folder / "progress.csv"
     assert benchmark.is_finished(job) and benchmark.run_here(job) == "" and bench.calls() == calls
     if left == "in use":

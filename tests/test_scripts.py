@@ -32,6 +32,7 @@ import watch
 import zoo.common.device
 from zoo import actor_critic, grpo, ppo, reinforce, sac, trpo
 from zoo.common.args import RunArgs
+from zoo.common.cli import script_args
 from zoo.common.errors import RunFault, UsageError
 from zoo.common.files import load_checkpoint, save_checkpoint
 
@@ -242,7 +243,7 @@ def test_a_longer_run_that_was_killed_at_an_evaluation_is_not_taken_for_a_finish
     made = bench.runs / "seed_1" / "args.json"
     made.write_text(made.read_text().replace('"total_steps": 900', '"total_steps": 1350'))
     longer = ("--total-steps", "1350", "--results", str(tmp_path / "longer"))
-    job = benchmark.plan(benchmark.script_args(benchmark.Args, None, bench.argv(*longer, seeds="1")))[0]
+    job = benchmark.plan(script_args(benchmark.Args, None, bench.argv(*longer, seeds="1")))[0]
     assert not benchmark.is_finished(job)
     with pytest.raises(RunFault, match=r"not the folder of a finished run .*stopped at step 900 of 1350"):
         benchmark.record(job, 1)
@@ -255,7 +256,7 @@ def test_a_longer_run_that_was_killed_at_an_evaluation_is_not_taken_for_a_finish
 def test_benchmarks_of_one_result_folder_lose_no_seed(bench, monkeypatch):
     assert bench(seeds="1,2") == 0
     shutil.rmtree(bench.results)
-    jobs = benchmark.plan(benchmark.script_args(benchmark.Args, None, bench.argv(seeds="1,2")))
+    jobs = benchmark.plan(script_args(benchmark.Args, None, bench.argv(seeds="1,2")))
     other = threading.Thread(target=benchmark.record, args=(jobs[1], 1))
     write = benchmark.write_meta
 

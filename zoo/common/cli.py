@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import io
+import os
 import re
 import signal
 import sys
@@ -175,10 +176,50 @@ def script_args(
 
     Raises UsageError (for what cannot be read) and SystemExit (0, after --help).
     """
+    words = list(sys.argv[1:] if argv is None else argv)
+    # tyro takes a value that begins with dashes for a flag unless it is joined to its own
+    if hasattr(args_class, "args") and "--args" in words[:-1]:
+        at = words.index("--args")
+        words[at : at + 2] = [f"--args={words[at + 1]}"]
     rules = ConstructorRegistry()
     rules.primitive_rule(_whole)
     with rules, _complaints():
-        return tyro.cli(args_class, args=argv, description=about)
+        return tyro.cli(args_class, args=words, description=about)
+
+
+def script_main(
+    args_class: type[ScriptArgs],
+    about: str | None,
+    work: Callable[[ScriptArgs], int | None],
+    argv: Sequence[str] | None = None,
+    interrupted: str = "",
+) -> int:
+    """All that a script's `main` is: do `work`, and tell in one line how it ended when it ended badly.
+
+    work: takes the arguments; the exit status, where it is not 0, is what it returns.
+    argv: words of the command line (default: those of sys.argv).
+    interrupted: what is told after Ctrl-C (default: nothing).
+    Returns the exit status: 2 for what the user got wrong, 1 for a fault of the run or where stdout cannot be
+    written, 130 after Ctrl-C.
+    """
+    try:
+        status = work(script_args(args_class, about, argv)) or 0
+        sys.stdout.flush()  # at Python's own end it would be too late to tell
+        return status
+    except UsageError as error:
+        status, told = 2, f"error: {error}"
+    except RunFault as error:
+        status, told = 1, f"error: {error}"
+    except KeyboardInterrupt:
+        status, told = 130, interrupted
+    except OSError as error:  # a full disk, or a pipe that nobody reads any more
+        if error.filename is not None or error.errno not in DISK_FAULTS | {errno.EPIPE}:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at its end
+        status, told = 1, f"error: the output cannot be written: {error.strerror}"
+    if told:
+        print(told, file=sys.stderr)
+    return status
 
 
 def main(args_class: type[Args], train: Callable[[Args], Any], defaults_for: Callable[[str], dict]) -> None:
