@@ -83,6 +83,8 @@ def test_a_question_is_answered_once(human):
     ("content", "kind", "status"),
     [
         (b"no json", "application/json", 400),
+        (b"[" * 990, "application/json", 400),
+        (b'{"number": Infinity, "choice": "left"}', "application/json", 400),
         ({"number": 1, "choice": "both"}, "application/json", 400),
         ({"choice": "left"}, "application/json", 400),
         ({"number": 1, "choice": "left"}, "text/plain", 404),  # what a form of another site can send
@@ -100,7 +102,7 @@ def sent(human, text, reset=False):
     with socket.create_connection(human.server.server_address, timeout=10) as connection:
         if reset:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        connection.sendall(text.encode())
+        connection.sendall(text.encode("latin-1"))
         return b"" if reset else connection.recv(1000)
 
 
@@ -108,6 +110,11 @@ def sent(human, text, reset=False):
 def test_a_length_that_is_no_number_is_refused(human, length, capfd):
     request = f"POST /answer HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n"
     assert sent(human, request).startswith(b"HTTP/1.1 400 ")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_video_whose_number_is_none_is_not_found(human, capfd):
+    assert sent(human, "GET /video/\xb2/0 HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.1 404 ")
     assert capfd.readouterr().err == ""
 
 

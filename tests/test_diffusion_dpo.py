@@ -70,6 +70,24 @@ def test_the_losses_by_hand():
     torch.testing.assert_close(loss, 0.5 * 0.5 * torch.tensor([0.0 - 0.125, 0.5 - 0.5]).mean())
 
 
+def test_the_weight_of_35_is_no_part_of_its_gradient():
+    """Where the two KLs to the reference differ, so that a weight that is not stopped has a slope."""
+    x_next = torch.tensor([[0.3], [-1.1]])
+
+    def loss(theta):
+        winner, loser = (
+            diffusion_dpo.Side(x, theta * scale, torch.zeros(1, 1), torch.ones(1))
+            for x, scale in zip(x_next.split(1), (torch.ones(1, 1), torch.full((1, 1), 2.0)), strict=True)
+        )
+        return diffusion_dpo.notes35_loss(winner, loser, 0.7)[0]
+
+    theta = 1.5  # the winner's mean; the loser's is twice that
+    margin = 0.7 * (theta**2 / 2 - (2 * theta) ** 2 / 2)
+    weight = 1 / (1 + math.exp(margin))
+    slope = (theta - 0.3) - 2 * (2 * theta + 1.1)  # of |x_w - mu_w|^2 / 2 - |x_l - mu_l|^2 / 2
+    assert float(torch.func.grad(loss)(torch.tensor(theta))) == pytest.approx(0.7 * weight * slope)
+
+
 def test_the_weights_are_the_vlbs():
     schedule = cosine_schedule(6)
     found = diffusion_dpo.vlb_weights(schedule)

@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from zoo import dpo
 from zoo.common.errors import UsageError
-from zoo.common.tokens import Sort
+from zoo.common.tokens import Add, Sort
 
 
 def tables():
@@ -108,6 +108,42 @@ def test_later_rounds_are_written_by_the_policy_of_then(whole, tmp_path):
         assert torch.equal(first, state["ref"])
         assert torch.equal(last, state["ref"]) == (folder == tmp_path)
         assert not torch.equal(last, state["params"])
+
+
+def test_a_run_that_is_made_longer_keeps_the_rounds_it_has_begun(whole, tmp_path):
+    """And the policies that wrote them: no pair is labelled again."""
+
+    def writers(folder):
+        return torch.load(folder / "checkpoint.pt", weights_only=True)["state"]["writers"]
+
+    run(dpo, *TINY, "--online", "2", "--run-dir", str(tmp_path))
+    before = writers(tmp_path)
+    run(dpo, "--resume", str(tmp_path), "--total-steps", "768")
+    assert torch.equal(writers(tmp_path), before) and not torch.equal(*before)
+    assert [row["round"] for row in rows(tmp_path)] == ["0"] * 4 + ["1"] * 20
+    # one that is short of its second round when it is made longer begins it later
+    other = tmp_path / "other"
+    with pytest.raises(KeyboardInterrupt):
+        stopped_at(96, *TINY, "--online", "2", "--run-dir", str(other))
+    run(dpo, "--resume", str(other), "--total-steps", "512")
+    assert [row["round"] for row in rows(other)] == ["0"] * 8 + ["1"] * 8
+
+
+def test_a_sequence_ends_with_its_end_token(tmp_path, monkeypatch):
+    """On Add the log-probability of a response is the sum up to it."""
+    calls = recorded_updates(monkeypatch, dpo)
+    run(dpo, *TINY, "--env", "Add", "--digits", "2", "--total-steps", "32", "--run-dir", str(tmp_path))
+    [(ref, _, batch, _)] = calls
+    task, settings = Add(2), SimpleNamespace(dim=8, layers=2, heads=2, reference_scale=1.0)
+    _, policy = dpo.make_network(task, settings, task.vocab, torch.device("cpu"))
+    lengths = []
+    for response, found in ((batch.chosen, batch.ref_chosen), (batch.rejected, batch.ref_rejected)):
+        log_prob = dpo.log_probs(policy, ref, batch.prompt, response)
+        ends = [[*row, task.end].index(task.end) + 1 for row in response.tolist()]
+        expected = torch.stack([row[:end].sum() for row, end in zip(log_prob, ends, strict=True)])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        lengths += ends
+    assert len(set(lengths)) > 2
 
 
 @pytest.fixture(scope="module")

@@ -205,6 +205,39 @@ def test_a_response_is_compared_with_the_others_to_its_prompt(level, std, tmp_pa
     assert batch.advantage.abs().max() > 0.1 and not mask.all()
 
 
+@pytest.mark.parametrize("level", ["response", "process"])
+def test_the_kl_in_the_reward_is_that_of_the_response_alone(level, tmp_path, monkeypatch):
+    """The second batch's advantages, by which the policy has left the reference: what stands beyond a
+    response's end costs nothing. What is logged, and the learning rate, too.
+    """
+    calls = recorded_updates(monkeypatch, grpo_tokens)
+    once = ("--total-steps", "64", "--num-epochs", "1", "--num-minibatches", "1", "--beta", "0.5")
+    falling = ("--learning-rate", "3e-2", "--anneal")
+    run(grpo_tokens, *ADD, *once, *falling, "--level", level, "--run-dir", str(tmp_path))
+    (ref, _, _, first), (params, _, batch, second) = calls
+    assert [float(first), float(second)] == pytest.approx([3e-2, 1.5e-2])  # falling to 0
+    task, settings = Add(2), SimpleNamespace(dim=8, layers=2, heads=2, reference_scale=1.0)
+    _, forward = grpo_tokens.make_network(task, settings, task.vocab, torch.device("cpu"))
+    log_ratio = grpo_tokens.log_probs(forward, params, batch.prompt, batch.response)
+    log_ratio = log_ratio - grpo_tokens.log_probs(forward, ref, batch.prompt, batch.response)
+    ends = [[*row, task.end].index(task.end) + 1 for row in batch.response.tolist()]
+    mask = torch.tensor([[t < end for t in range(task.response_length)] for end in ends])
+    assert torch.equal(batch.mask, mask) and not mask.all() and log_ratio[mask].abs().mean() > 0.02
+    reward = (task.step_reward(batch.prompt, batch.response) - 0.5 * log_ratio) * mask
+    for prompt in batch.prompt.unique(dim=0):
+        group = (batch.prompt == prompt).all(-1)
+        of, inside = reward[group], mask[group]
+        if level == "process":
+            expected = ((of - of[inside].mean()) * inside).flip(-1).cumsum(-1).flip(-1)
+        else:
+            expected = (of.sum(-1) - of.sum(-1).mean())[:, None]
+        torch.testing.assert_close(batch.advantage[group], expected * inside, rtol=1e-3, atol=1e-3)
+        assert group.sum() == 8
+    last = rows(tmp_path)[-1]
+    assert float(last["kl"]) == pytest.approx(float((log_ratio * mask).sum(-1).mean()), abs=1e-3)
+    assert float(last["learning_rate"]) == pytest.approx(1.5e-2)
+
+
 def test_it_learns_count(tmp_path):
     """Ten updates bring the policy a fifth of the way to the optimum."""
     count = ("--env", "Count", "--total-steps", "5120", "--learning-rate", "4e-3", "--no-progress")

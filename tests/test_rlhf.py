@@ -254,6 +254,7 @@ SORT = (
     "--env", "Sort", "--digits", "3", "--supervised-steps", "4", "--comparisons", "64",
     "--reward-epochs", "2", "--total-steps", "128", *TINY,
 )  # fmt: skip
+ADD = (*SORT, "--env", "Add", "--digits", "2")  # responses may end early
 
 
 @pytest.fixture(scope="module")
@@ -549,6 +550,97 @@ def test_a_response_is_paid_the_reward_models_mean_less_a_constant(finished, tmp
     assert paid.mean().abs() < 1 and not torch.allclose(scores[0], scores[1], atol=1e-2)
 
 
+def until_end(response, end):
+    """(B, L) True up to a response's first end token, found one by one."""
+    lengths = [[*row, end].index(end) + 1 for row in response.tolist()]
+    return torch.tensor([[t < n for t in range(response.shape[1])] for n in lengths])
+
+
+@pytest.fixture(scope="module")
+def on_add(tmp_path_factory):
+    """The stages before PPO's on Add, of which a response may end early; and the masks of all responses that
+    its reward models scored."""
+    folder = tmp_path_factory.mktemp("add") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        scored = recorded(patch, "reward_scores")
+        for stage in ("supervised", "reward"):
+            run(rlhf, *ADD, "--stage", stage, "--run-dir", str(folder))
+    return folder, scored
+
+
+def test_a_reward_model_reads_a_response_where_it_ends(on_add):
+    masks = [(mask, until_end(response, Add(2).end)) for _, _, _, response, mask in on_add[1]]
+    assert len(masks) > 4 and all(torch.equal(*both) for both in masks)
+    assert not all(mask.all() for mask, _ in masks)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--normalize-advantages",), ("--no-critic",)])
+def test_a_batch_follows_from_its_prompts_and_responses(arguments, on_add, tmp_path, monkeypatch):
+    """Mask, log-probabilities, advantages and returns of the second batch, by which the policy has left the
+    reference and the critic 0, token by token; and the step that is taken on it.
+    """
+    task, (folder, _) = Add(2), on_add
+    calls = recorded_updates(monkeypatch, rlhf)
+    stages = ("--stage", "ppo", "--reward", "rule", "--earlier", str(folder), "--run-dir", str(tmp_path))
+    settings = dict(beta=0.5, gamma=0.97, gae_lambda=0.9, learning_rate=3e-2, clip=0.01)
+    flags = [word for name, value in settings.items() for word in (rlhf.flag(name), str(value))]
+    once = ("--total-steps", "96", "--num-epochs", "1", "--num-minibatches", "1", "--no-anneal")
+    run(rlhf, *ADD, *stages, *flags, *once, *arguments)
+    (_, policy), (_, critic) = network(task, dim=8), network(task, 1, dim=8)
+    params, opt, batch, _, learning_rate = calls[1]
+    ref = agent(folder / "supervised")["params"]
+    whole = torch.cat((batch.prompt, batch.response), 1)
+    places = slice(task.prompt_length - 1, -1)  # the token before each of a response
+    mask = until_end(batch.response, task.end)
+    assert torch.equal(batch.mask, mask) and not mask.all()
+
+    def outputs(params):
+        """Log-probabilities and values (B, L)."""
+        log_p = policy(params[: len(ref)], whole)[0][:, places].log_softmax(-1)
+        value = critic(params[len(ref) :], whole)[0][:, places, 0]
+        return log_p.gather(-1, batch.response[..., None])[..., 0], value
+
+    log_prob, value = outputs(params)
+    ref_log_prob = outputs(torch.cat((ref, params[len(ref) :])))[0]
+    for found, expected in ((batch.log_prob, log_prob), (batch.ref_log_prob, ref_log_prob)):
+        torch.testing.assert_close(found * mask, expected * mask, rtol=1e-4, atol=1e-4)
+    score = task.reward(batch.prompt, batch.response)
+    reward = -0.5 * (log_prob - ref_log_prob)
+    advantage, critics = torch.zeros_like(reward), "--no-critic" not in arguments
+    for row, length in enumerate(mask.sum(-1).tolist()):
+        reward[row, length - 1] += score[row]
+        running = 0.0
+        for t in reversed(range(length)):
+            after = value[row, t + 1] if critics and t + 1 < length else 0.0
+            delta = reward[row, t] + 0.97 * after - (value[row, t] if critics else 0.0)
+            running = delta + 0.97 * (0.9 if critics else 1.0) * running
+            advantage[row, t] = running
+    if critics:
+        return_ = advantage + value
+        assert value[mask].abs().mean() > 0.02 and (log_prob - ref_log_prob)[mask].abs().mean() > 0.02
+        torch.testing.assert_close(batch.return_[mask], return_[mask], rtol=1e-3, atol=1e-3)
+    else:
+        advantage = advantage - advantage.sum(0) / len(mask)
+    if "--normalize-advantages" in arguments:
+        of = advantage[mask]
+        advantage = (advantage - of.mean()) / of.std(correction=0)
+    torch.testing.assert_close(batch.advantage, advantage * mask, rtol=1e-3, atol=1e-3)
+
+    def loss(params):
+        log_prob, value = outputs(params)
+        args = SimpleNamespace(critic=critics, value_coef=0.5, kl_in="reward", clip=0.01)
+        return rlhf.rlhf_loss(log_prob, value, batch, args)[0]
+
+    step = rlhf.adam(params, rlhf.clip_grad(grad(loss)(params), 1.0)[0], opt, learning_rate)
+    torch.testing.assert_close(step[0], calls[2][0], rtol=0, atol=1e-4)
+
+
+def test_normalized_by_hand():
+    mask = torch.tensor([[True, True], [True, False]])
+    found = rlhf.normalized(torch.tensor([[1.0, 5.0], [3.0, 100.0]]), mask)  # mean 3, variance 8/3
+    torch.testing.assert_close(found, torch.tensor([[-2.0, 2.0], [0.0, 0.0]]) / math.sqrt(8 / 3))
+
+
 @pytest.mark.parametrize("other", ["0.5", "0"])
 def test_ptx_keeps_what_demonstrations_show(other, tmp_path):
     """With --other, held-out answers of the other task become far likelier than without ptx; else the
@@ -609,6 +701,17 @@ def test_a_stage_of_another_task_or_network_is_refused(finished, tmp_path):
         run(rlhf, *SORT, *stages, "--env", "Add")
     with pytest.raises(UsageError, match=r"--digits 4.*run with 3"):
         run(rlhf, *SORT, *stages, "--digits", "4")
+    # what a reward model was taught is in units of its labeller's temperature
+    paid = ("--stage", "ppo", "--ensemble", "2", "--earlier", str(finished), "--run-dir", str(tmp_path))
+    with pytest.raises(UsageError, match=r"--temperature 0.5.*reward was run with 0.1"):
+        run(rlhf, *SORT, *paid, "--temperature", "0.5")
+
+
+def test_a_resumed_stage_keeps_what_pays_it(finished):
+    with pytest.raises(UsageError, match=r"--reward rule: .* made with model"):
+        run(rlhf, "--resume", str(finished / "ppo"), "--reward", "rule")
+    with pytest.raises(UsageError, match=r"holds no checkpoint.pt; the newest of those within: .*/ppo"):
+        run(rlhf, "--resume", str(finished))
 
 
 def test_comparisons_of_ties_only_are_refused():

@@ -361,7 +361,8 @@ class Code:
         ("env", "is of --env Other-v0, not Countdown-v0"),
         ("args", "is not a checkpoint of the zoo"),
         ("agent.pt", "checkpoint.pt is an agent.pt, from which no run can go on"),
-        ("nothing", "holds no checkpoint.pt"),
+        ("nothing", "holds no checkpoint.pt; was the run stopped before its first checkpoint?"),
+        ("within", "holds no checkpoint.pt; the newest of those within: run/seed_2"),
         ("nowhere", "no such folder"),
     ],
 )
@@ -382,6 +383,11 @@ def test_refused_checkpoints(tmp_path, monkeypatch, content, reason):
         save_checkpoint(path, good | {content: others[content]})
     elif content == "agent.pt":
         save_checkpoint(path, {name: good[name] for name in ("agent", "env", "args", "state")})
+    elif content == "within":
+        for name, time in (("seed_1", 1), ("seed_2", 2), ("seed_0", 0)):
+            (path.parent / name).mkdir()
+            save_checkpoint(path.parent / name / "checkpoint.pt", good)
+            os.utime(path.parent / name / "checkpoint.pt", (time, time))
     elif content in ("code", "foreign"):
         torch.save({"x": Code()} if content == "code" else {"weights": torch.zeros(3)}, path)
     elif content in ("empty", "text", "pickle"):

@@ -446,22 +446,23 @@ def train(args: Args) -> float:
     state = run.restore(State(params, ref, writers, new_adam(params), generator))
     ref = state.ref
     rounds: list[Pairs] = []
-    visits = args.total_steps // args.online
+    # of a resumed run; those begun stay so where it is now longer
+    begun = 1 + int((state.writers[1:] != state.writers[:-1]).any(1).sum()) if run.step else 0
 
     while run.step + args.batch_size <= args.total_steps:
         params, ref, writers, opt, _ = state
-        round_ = min(run.step // visits, args.online - 1)
-        if len(rounds) <= round_:
-            if run.step - round_ * visits < args.batch_size:  # its first step, and no resumed run's
-                writers = torch.cat((writers[:round_], params.expand(args.online - round_, -1)))
-            rounds += [draw_pairs(writers[k], k) for k in range(len(rounds), round_ + 1)]
+        if begun < args.online and run.step >= begun * (args.total_steps // args.online):
+            writers = torch.cat((writers[:begun], params.expand(args.online - begun, -1)))
+            begun += 1
+        if len(rounds) < begun:
+            rounds += [draw_pairs(writers[k], k) for k in range(len(rounds), begun)]
             pairs = Pairs(*(torch.cat(column) for column in zip(*rounds, strict=True)))
         remaining = 1 - run.step / args.total_steps
         learning_rate = torch.tensor(args.learning_rate * (remaining if args.anneal else 1.0), device=device)
         index = torch.randint(len(pairs.prompt), (args.batch_size,), generator=generator, device=device)
         params, opt, metrics = update(params, opt, Pairs(*(x[index] for x in pairs)), learning_rate)
         state = State(params, ref, writers, opt, generator)
-        metrics |= {"round": torch.tensor(round_), "learning_rate": learning_rate}
+        metrics |= {"round": torch.tensor(begun - 1), "learning_rate": learning_rate}
         run.report(run.step + args.batch_size, state, {"params": params}, metrics, [])
     return run.finish(state, {"params": state.params})
 

@@ -53,7 +53,7 @@ class Args(RunArgs):
     kept: ClassVar = (
         *RunArgs.kept, "stage", "digits", "dim", "layers", "heads", "supervised_steps",
         "supervised_batch_size", "other", "comparisons", "answers", "temperature", "label_error",
-        "reward_epochs", "ensemble",
+        "reward_epochs", "ensemble", "reward",
     )  # fmt: skip
     idle: ClassVar = ("num_envs", "env_threads")
 
@@ -88,7 +88,7 @@ class Args(RunArgs):
     beta: float | None = None  # weight of the KL to the reference; None: 0.01 (rule) or 0.3 (model)
     kl: Literal["k1", "k2", "k3"] = "k1"  # its estimator, a token
     kl_in: Literal["reward", "loss"] = "reward"  # where it stands
-    critic: bool = True  # False: the baseline is the batch's mean return to go at each position
+    critic: bool = True  # False: the baseline is the batch's mean return to go at each position, of all
     gamma: float = 1.0  # discount
     gae_lambda: float = 0.95  # GAE's lambda
     normalize_advantages: bool = False  # mean 0 and standard deviation 1 over a batch's tokens
@@ -590,10 +590,10 @@ def ppo_stage(args: Args, task: Task, device: torch.device) -> float:
         if args.critic:
             value = at_responses(critic, params[len(ref) :], prompt, response).squeeze(-1)
             advantage = response_advantages(reward, value, mask, args.gamma, args.gae_lambda)
-        else:  # the return to go, less its mean over the batch
+        else:  # the return to go, less its mean over all: over those not yet ended it is no baseline
             value = torch.zeros_like(reward)
             advantage = response_advantages(reward, value, mask, args.gamma, 1.0)
-            advantage = (advantage - advantage.sum(0) / mask.sum(0).clamp(min=1)) * mask
+            advantage = (advantage - advantage.mean(0)) * mask
         batch = Responses(prompt, response, mask, log_prob, ref_log_prob, advantage, advantage + value)
         if args.normalize_advantages:
             batch = batch._replace(advantage=normalized(advantage, mask))
@@ -625,7 +625,7 @@ def earlier_stage(args: Args, stage: str, device: torch.device) -> dict[str, Ten
     saved = load_checkpoint(folder / "agent.pt", "--earlier", "rlhf", args.env)
     # Count's prompts are its seed's
     names = ["digits", "dim", "layers", "heads", *(["seed"] if args.env == "Count" else [])]
-    for name in [*names, "ensemble"] if stage == "reward" else names:
+    for name in [*names, "ensemble", "temperature"] if stage == "reward" else names:
         was, wanted = saved["args"][name], getattr(args, name)
         require(was == wanted, f"--{name} {wanted}: the stage in {folder} was run with {was}")
     return {name: value.to(device) for name, value in saved["state"].items()}

@@ -267,7 +267,7 @@ def _handler(human: Human) -> type[BaseHTTPRequestHandler]:
                 self._send(PAGE.encode(), "text/html; charset=utf-8")
             elif parts == ["question"]:
                 self._send(json.dumps(human.present()).encode(), "application/json")
-            elif len(parts) == 3 and parts[0] == "video" and parts[1].isdigit() and parts[2] in ("0", "1"):
+            elif len(parts) == 3 and parts[0] == "video" and parts[1].isdecimal() and parts[2] in ("0", "1"):
                 video = human.video(int(parts[1]), int(parts[2]))
                 self._send(video or b"", "image/gif", HTTPStatus.OK if video else HTTPStatus.NOT_FOUND)
             else:
@@ -287,7 +287,7 @@ def _handler(human: Human) -> type[BaseHTTPRequestHandler]:
                 number, choice = int(content["number"]), str(content["choice"])
                 if choice not in CHOICES:
                     raise ValueError(choice)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 return self._send(b"", "text/plain", HTTPStatus.BAD_REQUEST)
             try:
                 human.take(number, choice)

@@ -89,6 +89,9 @@ def load_checkpoint(path: Path, flag: str, agent: str | None = None, env: str | 
         if not path.parent.is_dir():
             raise UsageError(f"{flag} {path.parent}: no such folder")
         if not path.is_file():
+            if within := sorted(path.parent.glob(f"*/{path.name}"), key=lambda found: found.stat().st_mtime):
+                newest = f"the newest of those within: {within[-1].parent}"
+                raise UsageError(f"{flag} {path.parent}: holds no {path.name}; {newest}")
             anew = f"; --run-dir {path.parent} starts it anew" if flag == "--resume" else ""
             raise UsageError(
                 f"{flag} {path.parent}: holds no {path.name}; "
