@@ -283,6 +283,9 @@ def load_agent(script: Path) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look their own module up there
     spec.loader.exec_module(module)
     require(hasattr(module, "Args"), f"--agent {script.stem}: {script.name} is no agent, it has no Args")
+    acts = script.parent != Path(zoo.__file__).parent or hasattr(module, "make_envs")
+    others = "scripts/tokens.py and scripts/diffusion.py measure those that do not"
+    require(acts, f"--agent {script.stem}: acts in no environment of Gymnasium; {others}")
     return module
 
 

@@ -42,7 +42,8 @@ COLOURS = {
     "grpo": "#56B4E9", "preferences": "#000000", "dppo": "#8C564B",
 }  # fmt: skip
 SPARE = ("#666666", "#6A3D9A", "#B2DF8A", "#17BECF", "#A6761D")
-DASHES = ("-", "--", "-.", (0, (1, 1)))  # of further curves of one agent
+DASHES = ("-", "--", "-.", (0, (1, 1)))  # of further curves of one agent, whose colours are FURTHER
+FURTHER = ("#6A3D9A", "#A6761D", "#17BECF")
 REPS = 2000  # bootstrap samples of an interval
 LEFT = 0.01  # of the axes' width, where what was published is named
 PUBLISHED = {"agent", "task", "kind", "source", "seeds", "url"}  # columns of published.csv besides numbers
@@ -265,7 +266,7 @@ def save(figure: Any, out: Path, data: str = "") -> None:
     try:
         figure.savefig(out, dpi=120, metadata={DATA: data} if out.suffix == ".png" else None)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--out {out}: {error}") from error
+        raise UsageError(f"--out {out}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def published_for(folders: Sequence[Path], results: Path) -> list[dict[str, str] | None]:
@@ -282,8 +283,8 @@ def draw_curves(
     handles: list[Any] = []
     for i, (curve, row) in enumerate(itertools.zip_longest(curves, published)):
         axes = all_axes[of_budget.index(curve.budget) if len(of_budget) > 1 else 0]
-        look: dict[str, Any] = {"color": colour(curve.agent)}
-        look["linestyle"] = DASHES[[other.agent for other in curves[:i]].count(curve.agent) % len(DASHES)]
+        nth = [other.agent for other in curves[:i]].count(curve.agent) % len(DASHES)
+        look: dict[str, Any] = {"color": (colour(curve.agent), *FURTHER)[nth], "linestyle": DASHES[nth]}
         axes.plot(curve.x, curve.returns.T, linewidth=0.6, alpha=0.35, color=look["color"])
         if len(curve.returns) > 1:
             shade = {"color": look["color"], "alpha": 0.2, "linewidth": 0}
@@ -301,20 +302,26 @@ def draw_curves(
             text = f"{float(row['value']):,.0f} ({row['source']})"
             axes.axhline(float(row["value"]), color=look["color"], linestyle=":", linewidth=1.4, gid=text)
     for axes in all_axes:
-        name_published(axes)
+        name_published(axes, name_width(len(all_axes)))
     return handles
 
 
-def name_published(axes: Any) -> None:
-    """Write the published values at their lines."""
+def name_width(beside: int) -> float:
+    """How wide the name of a published value is at most, of the width of one of so many axes."""
+    return 0.1 + 0.08 * beside
+
+
+def name_published(axes: Any, width: float) -> None:
+    """Write the published values at their lines; a name is so wide, of axes of width 1."""
     low, high = axes.get_ylim()
     lines = [line for line in axes.get_lines() if line.get_gid()]
     before, x_of_label = -np.inf, LEFT
     for line in sorted(lines, key=lambda line: line.get_ydata()[0]):
         value = line.get_ydata()[0]
         # at the left, where the curves are still below it; beside the one that it would cover
-        x_of_label = x_of_label + 0.2 if value - before < 0.05 * (high - low) else LEFT
+        x_of_label = x_of_label + width if value - before < 0.05 * (high - low) else LEFT
         place = {"transform": axes.get_yaxis_transform(), "ha": "left", "va": "bottom", "fontsize": 8}
+        place["bbox"] = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}
         axes.text(x_of_label, value, line.get_gid(), color=line.get_color(), **place)
         before = value
 
@@ -386,6 +393,7 @@ def work(args: Args) -> None:
     labels = list(args.labels) or [label(folder) for folder in folders]
     require(len(labels) == len(folders), f"--labels: {len(labels)} names for {len(folders)} curves")
     require(bool(args.columns), "--columns: names of columns are missing")
+    require(args.until is None or args.until >= 0, f"--until must be at least 0, not {args.until}")
     title, default = args.env or task(folders), Path("curves.png")
     out = args.out or (args.results / f"{args.env}.png" if args.env else default)
     require(out.suffix != "", f"--out {out}: end the name in .png, .svg or .pdf")

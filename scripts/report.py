@@ -101,7 +101,8 @@ class Row(NamedTuple):
     """One agent on one task: a line of the table."""
 
     agent: str
-    task: str
+    task: str  # as its folder is named
+    env: str  # as --env takes it
     variant: str  # folder of results/ that it lies in, "" for the agents as they are
     folder: Path
     budget: int
@@ -149,8 +150,8 @@ def read_row(folder: Path, results: Path) -> Row:
         changed = " ".join(word for n in names if args[n] != before[n] for word in as_words(n, args[n]))
     traced = all(benchmark.is_in_history(commit, benchmark.REPOSITORY) for commit in commits)
     return Row(
-        agent, folder.name, "/".join(variant), folder, int(args["total_steps"]),
-        {seed: float(entry["mean"]) for seed, entry in seeds.items()},
+        agent, folder.name, str(args.get("env", folder.name)), "/".join(variant), folder,
+        int(args["total_steps"]), {seed: float(entry["mean"]) for seed, entry in seeds.items()},
         tuple(short(commit) for commit in commits), traced, changed, bool(args.get("anneal", False)),
     )  # fmt: skip
 
@@ -474,7 +475,7 @@ def table(rows: Sequence[Row], found: Statistics, published: list[dict[str, str]
         before = row.agent
         count = len(row.seeds)
         lines.append(
-            f"| {name} | {row.task} | {steps(row.budget)} | {count} | {estimate(mean, count)} "
+            f"| {name} | {row.env} | {steps(row.budget)} | {count} | {estimate(mean, count)} "
             f"| {estimate(middle, count)} | {', '.join(cells) or '-'} | {marked(row)} |"
         )
     if short_of:
@@ -563,7 +564,7 @@ def pictures(rows: Sequence[Row], results: Path) -> list[Picture]:
         if before in toured and after in toured:
             folders = [toured[name].folder for name in (before, after)]
             caption = f"{after} and {before} on {TOUR_TASK}"
-            until = max(toured[after].budget, min(toured[before].budget, 1_000_000))
+            until = max(int(plot.load_curves(toured[after].folder)[0][-1]), toured[after].budget)
             out = results / "tour" / f"{after}.png"
             found.append(Picture(out, folders, [before, after], caption, until, listed=False))
     by_name = {f"{row.variant}/{row.agent}/{row.task}".lstrip("/"): row for row in rows}

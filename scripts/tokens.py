@@ -31,6 +31,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated
 
+import numpy as np
 import tyro
 
 from zoo import dpo, grpo_tokens, rlhf
@@ -253,10 +254,11 @@ def plot_sort(results: Path) -> None:
 
 
 def plot_over_optimisation(results: Path) -> None:
-    """The reward model's score and the rule's reward against the KL, a colour a setting, a line a seed."""
+    """The reward model's score and the rule's reward against the KL, a colour a setting, a line a seed: means
+    over a tenth of a run's updates."""
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), sharex=True, layout="constrained")
     for number, method in enumerate(TABLES["over"]):
         pairs, beta, models = (
             part.lstrip("abcdefghijklmnopqrstuvwxyz") for part in method.split("_")
@@ -264,9 +266,14 @@ def plot_over_optimisation(results: Path) -> None:
         label = f"{int(pairs):,} comparisons, {models} model{'s' * (models != '1')}, β = {beta}"
         for i, path in enumerate(sorted(results.glob(f"over_{method}__*.csv"))):
             rows = read(path, "kl", "score", "rule_reward")
-            kl = [max(float(row["kl"]), 0.0) ** 0.5 for row in rows]
+            each = max(len(rows) // 10, 1)
+
+            def smooth(values: list[float], each: int = each) -> np.ndarray:
+                return np.convolve(values, np.full(each, 1 / each), "valid")
+
+            kl = smooth([max(float(row["kl"]), 0.0) ** 0.5 for row in rows])
             for axes, column in ((left, "score"), (right, "rule_reward")):
-                value = [float(row[column]) for row in rows]
+                value = smooth([float(row[column]) for row in rows])
                 axes.plot(kl, value, f"C{number}", label=label if i == 0 else None, linewidth=1)
                 axes.plot(kl[-1:], value[-1:], f"C{number}o", markersize=4)
     left.set(title="what it is paid: the reward model's score", ylabel="log-odds, about 0 at the start")
@@ -274,8 +281,7 @@ def plot_over_optimisation(results: Path) -> None:
     for axes in (left, right):
         axes.set_xlabel("square root of KL(policy || reference), nats")
         axes.grid(alpha=0.3)
-    left.legend(fontsize=7)
-    figure.tight_layout()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(results / "over_optimisation.png", dpi=110)
 
 

@@ -187,7 +187,21 @@ def known(kinds: dict[str, Any]) -> str:
     return f"the fields are {', '.join(kinds)}"
 
 
-def search_space(default: RunArgs, args: Args) -> list[Range]:
+def refuse_impossible(text: str, given: Range, module: ModuleType, default: RunArgs) -> None:
+    """Raise UsageError where a field's own bounds hold no end of a range and none of its choices."""
+    ends = given.choices or (given.low, given.high)
+    refused = []
+    for value in (round(end) if given.whole else end for end in ends):
+        try:
+            if hasattr(module, "check"):
+                module.check(replace(default, **{given.name: value}))
+        except UsageError as error:
+            if str(error).startswith(f"{flag(given.name)} must "):  # else it may go with other values
+                refused.append(str(error))
+    require(len(refused) < len(ends), f"--space {text}: {'; '.join(refused[:1])}")
+
+
+def search_space(default: RunArgs, args: Args, module: ModuleType) -> list[Range]:
     """The ranges of this search. Raises UsageError."""
     own = inspect.get_annotations(type(default)).keys()
     hints = typing.get_type_hints(type(default))
@@ -195,6 +209,8 @@ def search_space(default: RunArgs, args: Args) -> list[Range]:
     for name in args.only:
         require(name in kinds, f"--only {name}: no field of this agent; {known(kinds)}")
     given = [given_range(text, kinds, default) for text in args.space]
+    for text, each in zip(args.space, given, strict=True):
+        refuse_impossible(text, each, module, default)
     settled = {each.name for each in given}
     if not args.only:
         settled |= benchmark.given_fields(benchmark.run_words(args.args))
@@ -309,7 +325,7 @@ def tune(args: Args) -> None:
     module = benchmark.load_agent((args.agents or Path(zoo.__file__).parent) / f"{args.agent}.py")
     make_single(args.env).close()
     default = arguments(module, args)
-    ranges = search_space(default, args)
+    ranges = search_space(default, args, module)
     folder = args.folder or Path("runs/tune") / args.agent / args.env.replace("/", "_").replace(":", "_")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with contextlib.ExitStack() as stack:
@@ -333,8 +349,7 @@ def tune(args: Args) -> None:
             study.optimize(run, n_trials=min(left, 1), callbacks=[tell])
         require(
             any(trial.state.name == "COMPLETE" for trial in study.trials),
-            f"--space: none of {len(study.trials)} trials was completed; the last one: "
-            f"{study.trials[-1].user_attrs or 'given up'}",
+            f"--space: none of {len(study.trials)} trials was completed; the last: {why(study.trials[-1])}",
         )
         best = optuna.trial.FixedTrial(study.best_params)
         values = {each.name: each.suggest(best) for each in ranges}
@@ -380,10 +395,14 @@ def go_on(study: Any, default: RunArgs, ranges: list[Range], trials: int) -> Non
         print(f"{done} of {trials} trials are done", flush=True)
 
 
+def why(trial: Any) -> str:
+    """Why a trial was not completed."""
+    return trial.user_attrs.get("refused") or trial.user_attrs.get("failed") or "given up"
+
+
 def tell(study: Any, trial: Any) -> None:
     """A line for a trial."""
-    why = trial.user_attrs.get("refused") or trial.user_attrs.get("failed") or "given up"
-    result = f"{trial.value:.6g}" if trial.state.name == "COMPLETE" else why
+    result = f"{trial.value:.6g}" if trial.state.name == "COMPLETE" else why(trial)
     print(f"trial {trial.number}: {result}", flush=True)
 
 

@@ -2,8 +2,11 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,6 +152,18 @@ def test_how_a_script_ends(error, status, told, capfd):
         os.dup2(kept, 1)
         os.close(kept)
     assert capfd.readouterr().err == told
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_script_that_is_stopped_clears_away_what_is_half_done(number, tmp_path, capsys):
+    def work(args):
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+
+    assert script_main(Words, None, work, [], "interrupted; go on") == 128 + number
+    assert capsys.readouterr().err == "interrupted; go on\n" and not list(tmp_path.iterdir())
+    assert signal.getsignal(number) == signal.SIG_DFL
 
 
 def test_what_a_script_did_not_expect_keeps_its_traceback():

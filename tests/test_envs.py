@@ -493,6 +493,7 @@ def test_what_an_environment_raises_is_told_in_one_line():
         and steps == 40
     )
     assert "exploded" in message and "\n" not in message
+    assert re.search(r" \(\S*probes\.py:\d+\)$", message)  # the innermost line of the task's own code
 
 
 def test_a_reward_in_an_array_is_a_number_if_it_holds_one(monkeypatch):

@@ -193,8 +193,13 @@ def test_each_budget_has_axes_of_its_own_and_an_agent_its_colour(tmp_path, figur
     assert len(figures[2].axes) == 1 and figures[2].axes[0].get_xlabel() == "seconds"
 
 
-def test_colours_are_told_apart():
+def test_colours_are_told_apart(tmp_path, figures):
     assert len({*plot.COLOURS.values(), *plot.SPARE}) == len(plot.COLOURS) + len(plot.SPARE)
+    assert len({*plot.COLOURS.values(), *plot.FURTHER}) == len(plot.COLOURS) + len(plot.FURTHER)
+    folders = [made(tmp_path / name, "ppo", 200) for name in "abcd"]  # four curves of one agent
+    plot.draw(folders, list("abcd"), "Task-v0", tmp_path / "x.png")
+    means = [line for line in figures[0].axes[0].get_lines() if not line.get_label().startswith("_")]
+    assert [line.get_color() for line in means] == [plot.COLOURS["ppo"], *plot.FURTHER]
     assert plot.colour("ppo") == plot.COLOURS["ppo"] and plot.colour("mine") in plot.SPARE
 
 
@@ -208,6 +213,19 @@ def test_published_values_of_the_budget_are_lines(tmp_path, figures):
     axes = figures[0].axes[0]
     assert [line.get_ydata()[0] for line in axes.get_lines() if line.get_linestyle() == ":"] == [7]
     assert [text.get_text() for text in axes.texts] == ["7 (Z)"]
+
+
+def test_names_of_published_values_do_not_cover_each_other(tmp_path):
+    """Two that are nearly the same, in one of four pairs of axes, which are narrow."""
+    figure = pytest.importorskip("matplotlib.figure").Figure(figsize=(8.5, 4.6), layout="constrained")
+    axes = figure.subplots(1, 4, sharey="row")
+    for value, text in ((-175, "-175 (Z)"), (-172, "-172 (Z)")):
+        axes[1].axhline(value, gid=text)
+    axes[0].plot([0, 1], [-1400, -100])
+    plot.name_published(axes[1], plot.name_width(4))
+    figure.draw_without_rendering()
+    one, two = (text.get_window_extent() for text in axes[1].texts)
+    assert not one.overlaps(two)
 
 
 def test_a_picture_tells_what_it_was_drawn_from(tmp_path, command):
@@ -226,6 +244,8 @@ def test_an_end_before_the_first_evaluation_is_refused(tmp_path, command):
     made(tmp_path, "ppo", 200)
     status, lines = command("--env", "Task-v0", "--results", tmp_path, "--until", 50)
     assert status == 2 and "--until 50" in lines[0] and len(lines) == 1
+    status, lines = command("--env", "Task-v0", "--results", tmp_path, "--until", -1)
+    assert status == 2 and lines == ["error: --until must be at least 0, not -1"]
 
 
 def test_other_columns_have_panels_of_their_own(tmp_path, command):

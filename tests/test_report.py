@@ -157,6 +157,25 @@ def test_a_variant_of_what_was_not_run_is_compared_with_the_task_s_settings(made
     assert row.changed == "--clip 0.3 --total-steps 9"  # 32 environments are CartPole-v1's own
 
 
+def test_a_task_is_named_as_env_takes_it(made, monkeypatch):
+    make(made, "ppo", "mine_Own_D-v0", [1, 2], env="mine:Own/D-v0")
+    call(monkeypatch, made, "--no-pictures")
+    assert "| mine:Own/D-v0 |" in (made.parent / "README.md").read_text()
+
+
+def test_the_tours_curves_end_where_the_laters_does(made, monkeypatch):
+    """Beyond its budget, where its last batch ends there."""
+    folders = {name: make(made, name, report.TOUR_TASK, [1, 2]) for name in ("trpo", "ppo", "sac")}
+    for name, last in (("trpo", 1900), ("ppo", 1024), ("sac", 300)):
+        for path in folders[name].glob("seed_*.csv"):
+            path.write_text(f"step,wall_time,eval_return\n200,1,1\n{last},2,2\n")
+    meta = folders["sac"] / "meta.json"
+    meta.write_text(meta.read_text().replace('"total_steps": 1000', '"total_steps": 300'))
+    drawn = report.pictures(report.read_rows(made), made)
+    until = {picture.out.stem: picture.until for picture in drawn if picture.out.parent.name == "tour"}
+    assert until == {"ppo": 1024, "sac": 300}
+
+
 def test_scores_are_normalised_by_random_play_and_published_ppo(made):
     make(made, "trpo", "B-v0", [30, 31])  # of two seeds: left out
     scores = report.normalised(report.read_rows(made), made)

@@ -362,6 +362,7 @@ class Code:
         ("args", "is not a checkpoint of the zoo"),
         ("agent.pt", "checkpoint.pt is an agent.pt, from which no run can go on"),
         ("nothing", "holds no checkpoint.pt; was the run stopped before its first checkpoint?"),
+        ("results", "holds no checkpoint.pt; its agent.pt can be evaluated"),
         ("within", "holds no checkpoint.pt; the newest of those within: run/seed_2"),
         ("nowhere", "no such folder"),
     ],
@@ -383,6 +384,9 @@ def test_refused_checkpoints(tmp_path, monkeypatch, content, reason):
         save_checkpoint(path, good | {content: others[content]})
     elif content == "agent.pt":
         save_checkpoint(path, {name: good[name] for name in ("agent", "env", "args", "state")})
+    elif content == "results":
+        for name in ("agent.pt", "meta.json"):
+            (path.parent / name).touch()
     elif content == "within":
         for name, time in (("seed_1", 1), ("seed_2", 2), ("seed_0", 0)):
             (path.parent / name).mkdir()

@@ -494,6 +494,13 @@ def test_thinning_keeps_evaluations_the_first_and_the_last():
     assert [benchmark.rounded("loss", cell) for cell in ("12345678", "")] == ["1.23457e+07", ""]
 
 
+@pytest.mark.parametrize("agent", ["dpo", "rlhf", "grpo_tokens", "ddpo", "diffusion_dpo"])
+def test_what_acts_in_no_environment_is_refused(agent, capsys):
+    assert benchmark.main(["--agent", agent, "--env", "CartPole-v1"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: --agent {agent}: acts in no environment") and told.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

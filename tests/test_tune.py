@@ -17,7 +17,7 @@ TINY = "--total-steps 64 --num-envs 2 --num-steps 8 --minibatch-size 16 --no-com
 
 
 def ranges(agent=ppo, **args):
-    return {each.name: each for each in tune.search_space(agent.Args(), tune.Args(**args))}
+    return {each.name: each for each in tune.search_space(agent.Args(), tune.Args(**args), agent)}
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,8 @@ def test_the_confirming_seeds_are_not_those_of_the_search(tmp_path, monkeypatch,
         (dict(space=("clip=a|b",)), "neither LOW..HIGH nor A|B|C"),
         (dict(space=("anneal=yes",)), "neither LOW..HIGH nor A|B|C"),
         (dict(space=("clip=",)), "neither LOW..HIGH nor A|B|C"),
+        (dict(space=("gamma=2..3",)), "--space gamma=2..3: --gamma must lie in [0, 1], not 2"),
+        (dict(space=("num_envs=-2|0",)), "--space num_envs=-2|0: --num-envs must be at least 1, not -2"),
         (dict(only=("nope",)), "--only nope: no field of this agent"),
         (dict(only=("target_kl",)), "give --space target_kl=..."),
     ],

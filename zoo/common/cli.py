@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -200,18 +201,20 @@ def script_main(
     argv: words of the command line (default: those of sys.argv).
     interrupted: what is told after Ctrl-C (default: nothing).
     Returns the exit status: 2 for what the user got wrong, 1 for a fault of the run or where stdout cannot be
-    written, 130 after Ctrl-C.
+    written, 130 after Ctrl-C (143, 129: SIGTERM, SIGHUP).
     """
     try:
-        status = work(script_args(args_class, about, argv)) or 0
-        sys.stdout.flush()  # at Python's own end it would be too late to tell
+        with _stopped_by(signal.SIGTERM, signal.SIGHUP):
+            status = work(script_args(args_class, about, argv)) or 0
+            sys.stdout.flush()  # at Python's own end it would be too late to tell
         return status
     except UsageError as error:
         status, told = 2, f"error: {error}"
     except RunFault as error:
         status, told = 1, f"error: {error}"
-    except KeyboardInterrupt:
-        status, told = 130, interrupted
+    except KeyboardInterrupt as error:
+        number = error.signal_number if isinstance(error, Interrupted) else int(signal.SIGINT)
+        status, told = 128 + number, interrupted
     except OSError as error:  # a full disk, or a pipe that nobody reads any more
         if error.filename is not None or error.errno not in DISK_FAULTS | {errno.EPIPE}:
             raise
@@ -220,6 +223,24 @@ def script_main(
     if told:
         print(told, file=sys.stderr)
     return status
+
+
+@contextlib.contextmanager
+def _stopped_by(*signals: signal.Signals) -> Iterator[None]:
+    """Let signals that would kill the process raise Interrupted: what is half done is cleared away."""
+
+    def stop(number: int, _frame: object) -> NoReturn:
+        raise Interrupted(number)
+
+    ours = threading.current_thread() is threading.main_thread()  # no other may set a signal's handler
+    killing = [each for each in signals if ours and signal.getsignal(each) == signal.SIG_DFL]
+    for each in killing:
+        signal.signal(each, stop)
+    try:
+        yield
+    finally:
+        for each in killing:
+            signal.signal(each, signal.SIG_DFL)
 
 
 def main(args_class: type[Args], train: Callable[[Args], Any], defaults_for: Callable[[str], dict]) -> None:

@@ -9,8 +9,11 @@ import difflib
 import importlib
 import os
 import sys
+import sysconfig
+import traceback
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import gymnasium as gym
@@ -118,13 +121,10 @@ class GymnasiumVectorEnv(VectorEnv):
     def _raised(self, method: str, error: Exception) -> NoReturn:
         message = " ".join(str(error).split())  # on one line
         # wrappers of the task unpack what it returns
-        hint = (
-            f"; right is {_signature(method)}"
-            if "to unpack" in message or "unexpected keyword" in message
-            else ""
-        )
+        foreign = "to unpack" in message or "unexpected keyword" in message
+        more = f"; right is {_signature(method)}" if foreign else f" ({_place(error)})"
         raise EnvironmentFault(
-            f"{self.env_id} raised {type(error).__name__} in {method}: {message}{hint}"
+            f"{self.env_id} raised {type(error).__name__} in {method}: {message}{more}"
         ) from error
 
     def _fault(self, method: str, message: str) -> NoReturn:
@@ -133,6 +133,15 @@ class GymnasiumVectorEnv(VectorEnv):
     def close(self):
         for env in self.envs:
             env.close()
+
+
+def _place(error: Exception) -> str:
+    """File and line that raised it: the innermost of one's own code, where there is some in the traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    libraries = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"), str(Path(__file__).parent))
+    own = [frame for frame in frames if not any(each in frame.filename for each in libraries)]
+    frame = (own or frames)[-1]
+    return f"{frame.filename}:{frame.lineno}"
 
 
 def _signature(method: str) -> str:

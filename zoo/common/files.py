@@ -7,6 +7,7 @@ import fcntl
 import io
 import os
 import pickle
+import re
 import sys
 import tempfile
 import zipfile
@@ -18,6 +19,10 @@ import torch
 
 from zoo.common.errors import RunFault, UsageError
 
+# what a run's folder may hold before it holds a checkpoint
+BEFORE_A_CHECKPOINT = re.compile(
+    r"\.lock|args\.json|progress\.csv|events\.out\.tfevents\..*|(args\.json|progress\.csv|checkpoint\.pt)\.tmp|wandb"
+)
 FORMAT = 2  # of checkpoint.pt and agent.pt; raised when a file of the old layout can no longer be read
 
 
@@ -92,11 +97,13 @@ def load_checkpoint(path: Path, flag: str, agent: str | None = None, env: str | 
             if within := sorted(path.parent.glob(f"*/{path.name}"), key=lambda found: found.stat().st_mtime):
                 newest = f"the newest of those within: {within[-1].parent}"
                 raise UsageError(f"{flag} {path.parent}: holds no {path.name}; {newest}")
-            anew = f"; --run-dir {path.parent} starts it anew" if flag == "--resume" else ""
-            raise UsageError(
-                f"{flag} {path.parent}: holds no {path.name}; "
-                f"was the run stopped before its first checkpoint?{anew}"
-            )
+            advice = ""
+            if all(BEFORE_A_CHECKPOINT.fullmatch(each.name) for each in path.parent.iterdir()):
+                anew = f"; --run-dir {path.parent} starts it anew" if flag == "--resume" else ""
+                advice = f"; was the run stopped before its first checkpoint?{anew}"
+            elif flag == "--resume" and (path.parent / "agent.pt").is_file():
+                advice = "; its agent.pt can be evaluated, from a checkpoint alone a run goes on"
+            raise UsageError(f"{flag} {path.parent}: holds no {path.name}{advice}")
         with open(path, "rb") as file:
             head = file.read(4)
     except OSError as error:

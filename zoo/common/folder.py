@@ -15,11 +15,7 @@ import torch
 
 from zoo.common.args import RunArgs
 from zoo.common.errors import UsageError
-from zoo.common.files import lock_folder, write_atomically
-
-BEFORE_A_CHECKPOINT = re.compile(
-    r"\.lock|args\.json|progress\.csv|events\.out\.tfevents\..*|(args\.json|progress\.csv|checkpoint\.pt)\.tmp|wandb"
-)
+from zoo.common.files import BEFORE_A_CHECKPOINT, lock_folder, write_atomically
 
 
 def new_folder(args: RunArgs, agent: str) -> tuple[Path, IO[str]]:
