@@ -771,6 +771,10 @@ def test_non_finite_rewards_stop_the_run(tmp_path):
             dict(chunk=300, num_steps=400, minibatch_size=8, env="Pendulum-v1"),
             "--chunk 300 is longer than an episode of Pendulum-v1, 200 steps",
         ),
+        (
+            dict(chunk=60, num_steps=64, minibatch_size=4, env="own_tasks:Target-v0"),
+            "--chunk 60 is longer than an episode of own_tasks:Target-v0, 50 steps",
+        ),
         (dict(chunk=2), "--chunk 2: the longest episode of the data has 1 steps"),
         (dict(minibatch_size=33), r"--minibatch-size 33 is more than the actions .* of a rollout, 32"),
         (dict(clone_steps=-1), "--clone-steps must be at least 0, not -1"),

@@ -486,6 +486,19 @@ def test_a_non_finite_observation_at_a_reset_names_the_environment():
         envs.step(np.zeros(3, int))
 
 
+@pytest.mark.parametrize("env", ["Pendulum-v1", "HalfCheetah-v4"])
+def test_actions_that_are_no_numbers_are_the_policys_fault(env):
+    with make_envs(env, 2, threads=1) as envs:
+        envs.reset([1, 2])
+        action = np.zeros((2, envs.action_dim))
+        action[0] = 1e300  # a number, beyond all bounds
+        assert np.isfinite(envs.step(action).obs).all()
+        action[1] = np.nan
+        with pytest.raises(RunFault, match=f"the policy's actions for {env} became non-finite") as fault:
+            envs.step(action)
+        assert not isinstance(fault.value, EnvironmentFault)
+
+
 def test_what_an_environment_raises_is_told_in_one_line():
     message, steps = run_until_fault("raise")
     assert (

@@ -1,6 +1,7 @@
 """GRPO on control: advantages, weights and losses by hand, groups, probe environments, whole runs."""
 
 import csv
+import itertools
 import re
 import signal
 import sys
@@ -411,6 +412,17 @@ def test_a_finished_run_is_the_start_and_the_reference(tmp_path, capsys):
     assert saved["obs_stats"]["count"] > before["obs_stats"]["count"]
     with pytest.raises(UsageError, match=r"--reference .*first: its policy has 114 .* 58; give the --hidden"):
         grpo.train(replace(args, run_dir=None, hidden=(8,)))
+    # as many parameters in another shape
+    wide = replace(first, run_dir=str(tmp_path / "wide"), hidden=(3, 5, 2))
+    grpo.train(wide)
+    count = len(trained(wide.run_dir)["params"])
+    other = next(
+        (a, b, c)
+        for a, b, c in itertools.product(range(1, 12), repeat=3)
+        if (a, b, c) != wide.hidden and 5 * a + (a + 1) * b + (b + 1) * c + (c + 1) * 2 == count
+    )
+    with pytest.raises(UsageError, match=r"give the --hidden that it was trained with, 3 5 2"):
+        grpo.train(replace(args, run_dir=None, reference=wide.run_dir, hidden=other))
     with pytest.raises(UsageError, match=r"--reference .*nowhere: no such folder"):
         grpo.train(replace(args, run_dir=None, reference=str(tmp_path / "nowhere")))
     with pytest.raises(UsageError, match=r"--reference .*Pendulum"):

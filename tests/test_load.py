@@ -1,6 +1,7 @@
 """zoo.load: the agent that acted in the run, on Gymnasium's own observations; and what it refuses."""
 
 import csv
+import importlib
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from command import run
 
 import zoo
 from zoo.common.errors import UsageError
@@ -145,3 +147,27 @@ def test_what_is_no_agent_of_this_zoo_is_refused_in_one_line(cartpole, tmp_path)
         with pytest.raises(UsageError) as caught:
             zoo.load(path, env)
         assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+TINY = {
+    "reinforce": "--num-envs 2 --total-steps 800",
+    "actor_critic": "--num-envs 2 --num-steps 32 --total-steps 128",
+    "trpo": "--num-envs 2 --num-steps 32 --total-steps 128 --minibatch-size 32",
+    "ppo": "--num-envs 2 --num-steps 32 --total-steps 128 --minibatch-size 32",
+    "sac": "--total-steps 128 --random-steps 64 --batch-size 8 --hidden 8",
+    "grpo": "--total-steps 400",
+    "preferences": "--num-envs 2 --num-steps 32 --total-steps 512 --minibatch-size 32 --labels 4 --first 1",
+    "dppo": "--num-envs 2 --num-steps 32 --total-steps 128 --minibatch-size 32 --clone-steps 0",
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_finished_run_can_be_resumed(name, tmp_path, capsys):
+    """As a stop in the final evaluation advises, and as a queue does that starts a job again."""
+    module = importlib.import_module(f"zoo.{name}")
+    plumbing = "--env Pendulum-v1 --no-compile --env-threads 1 --eval-episodes 2 --device cpu --no-progress"
+    first = run(module, *TINY[name].split(), *plumbing.split(), "--run-dir", str(tmp_path))
+    before = (tmp_path / "agent.pt").read_bytes()
+    capsys.readouterr()
+    assert run(module, "--resume", str(tmp_path)) == pytest.approx(first)
+    assert "finished at step" in capsys.readouterr().err and (tmp_path / "agent.pt").read_bytes() == before

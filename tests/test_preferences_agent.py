@@ -864,7 +864,7 @@ def test_a_task_whose_episodes_end_early_is_known():
 @pytest.mark.parametrize("env", ["Hopper-v4", "CartPole-v1", "probe/Ends-v0"])
 def test_a_fixed_horizon_is_played_to_its_end(env):
     played = fixed_horizon(env)
-    assert fixed_horizon(env) == played  # again
+    assert fixed_horizon(env) == played and fixed_horizon(f"probes:{env}") == played  # again
     limit = int(time_limit(env))
     with make_envs(played, 2, threads=1) as envs:
         obs, total = envs.reset([1, 2]), 0.0
@@ -880,6 +880,14 @@ def test_a_fixed_horizon_is_played_to_its_end(env):
             while not envs.step(np.zeros(2, int)).terminated[0]:
                 steps += 1
         assert total[0] == steps + 1
+
+
+def test_a_task_of_ones_own_is_played_on_to_its_end():
+    """Named with its module, as one's own tasks are."""
+    played = fixed_horizon("own_tasks:Maze-v0")
+    assert time_limit(played) == time_limit("own_tasks:Maze-v0") < np.inf
+    with make_envs(played, 1) as envs:
+        assert envs.reset([1]).shape == (1, envs.obs_dim)
 
 
 def test_a_runner_that_fell_is_simulated_on_and_not_paid_for_health():

@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import zoo.common.evaluate
+from zoo import actor_critic, ppo, reinforce
 from zoo.common.args import RunArgs, check_args
 from zoo.common.cli import main, parse
 from zoo.common.envs import VectorEnv
@@ -856,6 +857,8 @@ def test_endings_of_the_command_line(tmp_path, monkeypatch, capsys):
         ({"seed": 2**31}, "--seed must be less than 2**31, not 2147483648"),
         ({"checkpoint_every": 0.0}, "--checkpoint-every must be greater than 0 seconds, not 0"),
         ({"checkpoint_every": float("nan")}, "--checkpoint-every must be greater than 0 seconds, not nan"),
+        ({"num_envs": 10**20}, f"--num-envs must be less than 2**63, not {10**20}"),
+        ({"device": "gpu"}, "--device must be one of auto, cpu, cuda, not gpu"),
         ({"resume": ""}, "--resume is empty; a folder is meant"),
         ({"run_dir": ""}, "--run-dir is empty; a folder is meant"),
         (
@@ -869,6 +872,37 @@ def test_check_args(change, message):
     with pytest.raises(UsageError) as error:
         check_args(dataclasses.replace(Args(), **change))
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (actor_critic.Args(optimizer="Adam"), "--optimizer must be one of adam, rmsprop, not Adam"),
+        (ppo.Args(surrogate="clipped"), "--surrogate must be one of clip, kl, adaptive-kl, unclipped, not"),
+        (reinforce.Args(baseline="Mean"), "--baseline must be one of none, mean, optimal, value, not Mean"),
+        (ppo.Args(log_std=1e39), "--log-std must be finite, in 32 bits as well, not 1e+39"),
+        (ppo.Args(hidden=(64, 10**20)), "--hidden must be less than 2**63, not (64, 1"),
+    ],
+)
+def test_what_only_the_command_line_would_see_is_seen_in_python_too(made, message):
+    module = sys.modules[type(made).__module__]
+    with pytest.raises(UsageError) as error:
+        module.train(made)
+    assert str(error.value).startswith(message)
+
+
+def test_lists_and_paths_are_taken_for_tuples_and_text(tmp_path):
+    made = ppo.Args(hidden=[32, 16], run_dir=tmp_path / "run")
+    assert made.hidden == (32, 16) and made.run_dir == str(tmp_path / "run")
+    assert dataclasses.replace(made, hidden=[8]).hidden == (8,)
+
+
+def test_going_on_in_a_folder_clears_away_what_a_kill_left_and_nothing_else(tmp_path):
+    train(Args(run_dir=str(tmp_path)))
+    for name in ("checkpoint.pt.tmp", "progress.csv.tmp", "notes.tmp"):
+        (tmp_path / name).touch()
+    Run(Args(resume=str(tmp_path)), "scripted", no_evaluation).close()
+    assert [path.name for path in tmp_path.glob("*.tmp")] == ["notes.tmp"]
 
 
 def test_precedence_of_flag_checkpoint_table_default(tmp_path, monkeypatch):

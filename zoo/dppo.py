@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
-import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -41,6 +40,7 @@ from zoo.common.device import compile_function, flatten, loader, scan, setup
 from zoo.common.diffusion import Schedule, cosine_schedule
 from zoo.common.envs import VectorEnv, make_envs
 from zoo.common.evaluate import Evaluation, Policy
+from zoo.common.horizon import time_limit
 from zoo.common.normalize import (
     Stats,
     discounted_sums,
@@ -519,8 +519,7 @@ def check_task(envs: VectorEnv, args: Args) -> None:
         f"--env {args.env}: its actions are discrete, and a diffusion policy's are numbers; zoo/ppo.py acts "
         "in it",
     )
-    spec = gym.registry.get(args.env)
-    limit = getattr(spec, "max_episode_steps", None) or args.chunk
+    limit = time_limit(args.env)
     require(
         args.chunk <= limit, f"--chunk {args.chunk} is longer than an episode of {args.env}, {limit} steps"
     )

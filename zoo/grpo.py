@@ -473,13 +473,16 @@ def check_groups(envs: VectorEnv, seed: int) -> None:
     )
 
 
-def start_from(folder: str, params: Tensor, obs_stats: Stats, env: str) -> tuple[Tensor, Stats]:
+def start_from(
+    folder: str, params: Tensor, obs_stats: Stats, env: str, hidden: tuple[int, ...]
+) -> tuple[Tensor, Stats]:
     """A finished run's parameters and statistics, on the device of these. Raises UsageError."""
-    saved = load_checkpoint(Path(folder) / "agent.pt", "--reference", "grpo", env)["state"]
-    if saved["params"].shape != params.shape:
+    content = load_checkpoint(Path(folder) / "agent.pt", "--reference", "grpo", env)
+    saved, own = content["state"], content["args"].get("hidden")
+    if saved["params"].shape != params.shape or tuple(own or hidden) != hidden:
         raise UsageError(
             f"--reference {folder}: its policy has {len(saved['params']):,} parameters and this one "
-            f"{len(params):,}; give the --hidden that it was trained with"
+            f"{len(params):,}; give the --hidden that it was trained with, {' '.join(map(str, own or ()))}"
         )
     return saved["params"].to(params.device), {
         name: x.to(params.device) for name, x in saved["obs_stats"].items()
@@ -504,7 +507,7 @@ def train(args: Args) -> float:
     load = loader(net)
     obs_stats = new_stats(envs.obs_dim, device=device)
     if args.reference and not args.resume:
-        params, obs_stats = start_from(args.reference, params, obs_stats, args.env)
+        params, obs_stats = start_from(args.reference, params, obs_stats, args.env, args.hidden)
     compiled = compile_function(partial(update, forward=forward, args=args), device, args.compile)
     run = Run(args, "grpo", Evaluation(args, make_policy), engine=envs.engine)
     if envs.discrete or not envs.bounded.all():

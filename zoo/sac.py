@@ -394,7 +394,8 @@ def train(args: Args) -> float:
     )
     run = Run(args, "sac", Evaluation(args, make_policy), engine=envs.engine)
     generator = torch.Generator(device).manual_seed(generator_seed(args.seed, "noise"))
-    learner, buffer, generator = run.restore(State(networks, buffer, generator))
+    state = run.restore(State(networks, buffer, generator))
+    learner, buffer, generator = state
     buffer.cut()  # a resumed run begins new episodes
     load(learner["actor"])
     obs = envs.reset(env_seeds(args.seed, "environments", args.num_envs, run.step))

@@ -1,13 +1,17 @@
 """The arguments that every agent takes, and the checks that refuse in one line what cannot work."""
 
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from zoo.common.errors import UsageError
+
+MOST = 2**63  # beyond torch's and NumPy's integers
+LARGEST = 3.4e38  # of float32
 
 
 @dataclass
@@ -20,38 +24,35 @@ class RunArgs:
     # What does nothing in an agent's runs: taken, for a script may give it to all runs, but not explained
     idle: ClassVar[tuple[str, ...]] = ()
 
-    env: str = "HalfCheetah-v4"
-    """id of the Gymnasium environment"""
-    seed: int = 1
-    """seed of everything random"""
-    total_steps: int = 1_000_000
-    """environment steps of the whole run, over all environments"""
-    num_envs: int = 1
-    """environments stepped together"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the networks are"""
-    compile: bool = True
-    """compile the update (torch.compile)"""
-    threads: int = 1
-    """CPU threads of torch; small networks gain nothing from a second one"""
+    env: str = "HalfCheetah-v4"  # id of the Gymnasium environment
+    seed: int = 1  # seed of everything random
+    total_steps: int = 1_000_000  # environment steps of the whole run, over all environments
+    num_envs: int = 1  # environments stepped together
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the networks are
+    compile: bool = True  # compile the update (torch.compile)
+    threads: int = 1  # CPU threads of torch; small networks gain nothing from a second one
+    # CPU threads of the MuJoCo engine; 1 when several runs share the machine; None: one a core
     env_threads: int | None = None
-    """CPU threads of the MuJoCo engine; 1 when several runs share the machine; None: one a core"""
+    # folder of the run, new, empty or left before its first checkpoint; None: runs/ENV__ALGO__SEED__TIME
     run_dir: str | None = None
-    """folder of the run, new, empty or left before its first checkpoint; None: runs/ENV__ALGO__SEED__TIME"""
+    # folder of a run to go on with, from its last checkpoint and with its arguments
     resume: str | None = None
-    """folder of a run to go on with, from its last checkpoint and with its arguments"""
+    # environment steps between evaluations, each made when an update ends; 0: at the end only
     eval_every: int = 100_000
-    """environment steps between evaluations; 0: at the end only"""
-    eval_episodes: int = 10
-    """episodes of an evaluation"""
-    checkpoint_every: float = 60.0
-    """seconds between checkpoints"""
-    track: bool = False
-    """log to Weights & Biases as well"""
-    track_project: str = "rl-zoo-classic"
-    """its project"""
-    progress: bool = True
-    """show a progress bar (on a terminal only)"""
+    eval_episodes: int = 10  # episodes of an evaluation
+    checkpoint_every: float = 60.0  # seconds between checkpoints
+    track: bool = False  # log to Weights & Biases as well
+    track_project: str = "rl-zoo-classic"  # its project
+    progress: bool = True  # show a progress bar (on a terminal only)
+
+    def __post_init__(self) -> None:
+        """What Python offers for a tuple and for a path as text is taken for that."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, list):
+                setattr(self, each.name, tuple(value))
+            elif isinstance(value, os.PathLike):
+                setattr(self, each.name, os.fspath(value))
 
     @classmethod
     def for_env(cls, env: str, **given: Any) -> Self:
@@ -143,8 +144,15 @@ def check_args(
     """Refuse common arguments that cannot work, and the agent's own that are named here.
 
     at_least_1, at_least_0, fractions in [0, 1], positive, finite: names of fields. None passes, and of a
-    tuple every element is meant. Agents call it first and `require` what else they need.
+    tuple every element is meant. What is one of several words is looked at in any case: tyro does so on the
+    command line only. Agents call it first and `require` what else they need.
     """
+    for name, kind in get_type_hints(type(args)).items():
+        literals = [each for each in (kind, *get_args(kind)) if get_origin(each) is Literal]
+        words = [word for each in literals for word in get_args(each)]
+        value = getattr(args, name, None)
+        fits = not words or value in words or (value is None and type(None) in get_args(kind))
+        require(fits, f"{flag(name)} must be one of {', '.join(map(str, words))}, not {value}")
     least = {"seed": 0, "eval_every": 0}
     least |= dict.fromkeys(
         ("total_steps", "num_envs", "threads", "env_threads", "eval_episodes", *at_least_1), 1
@@ -154,6 +162,7 @@ def check_args(
         values = value if isinstance(value, tuple) else () if value is None else (value,)
         fits = all(v >= minimum for v in values) and value != ()
         require(fits, f"{flag(name)} must be at least {minimum}, not {value}")
+        require(all(v < MOST for v in values), f"{flag(name)} must be less than 2**63, not {value}")
     for name in at_least_0:
         value = getattr(args, name)
         least_of_all = "at least 0 and finite" if isinstance(value, float) else "at least 0"
@@ -167,7 +176,8 @@ def check_args(
             require(0 < value < math.inf, f"{flag(name)} must be greater than 0, not {value:g}")
     for name in finite:
         value = getattr(args, name)
-        require(value is None or math.isfinite(value), f"{flag(name)} must be finite, not {value}")
+        fits = value is None or abs(value) < LARGEST
+        require(fits, f"{flag(name)} must be finite, in 32 bits as well, not {value}")
     for name in ("threads", "env_threads"):  # a hundred thousand end in a segmentation fault
         value = getattr(args, name)
         require(value is None or value <= 1024, f"{flag(name)} must be at most 1024, not {value}")

@@ -105,7 +105,8 @@ def _minari(data: str, envs: VectorEnv) -> Callable[[int, int], list[Episode]]:
 
 def to_policy(envs: VectorEnv, action: np.ndarray) -> np.ndarray:
     """From the environment's scale to the policy's, (..., A): the inverse of `VectorEnv.to_env_action`."""
-    return (action - envs.action_shift) / envs.action_scale
+    # where both bounds are one number any action is that number
+    return (action - envs.action_shift) / np.where(envs.action_scale == 0, 1.0, envs.action_scale)
 
 
 def as_policy(envs: VectorEnv, action: np.ndarray) -> np.ndarray:

@@ -51,8 +51,8 @@ def new_folder(args: RunArgs, agent: str) -> tuple[Path, IO[str]]:
 def old_folder(folder: Path) -> IO[str]:
     """The lock of a folder to go on in, after what a kill cut short is cleared away. Raises UsageError."""
     lock = lock_folder(folder, "--resume")
-    for leftover in folder.glob("*.tmp"):
-        leftover.unlink()
+    for name in ("args.json", "progress.csv", "checkpoint.pt", "agent.pt"):
+        (folder / f"{name}.tmp").unlink(missing_ok=True)
     return lock
 
 

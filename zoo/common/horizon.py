@@ -55,7 +55,7 @@ class StayAtTheEnd(gym.Wrapper):
 
 def _register(env_id: str, simulated_on: bool) -> str:
     """Register FixedHorizon/... of the task, once; its id."""
-    spec = gym.spec(env_id)
+    spec = gym.spec(env_id.rpartition(":")[2])  # the module before the colon has been imported
     new = f"FixedHorizon/{spec.id.replace('/', '-')}"
     if new in gym.registry:
         return new

@@ -20,7 +20,7 @@ import numpy as np
 from gymnasium.envs.registration import load_env_creator
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 
-from zoo.common.errors import EnvironmentFault
+from zoo.common.errors import EnvironmentFault, RunFault
 from zoo.common.process import say
 
 # A dimension of actions whose bounds are further apart than twice this has none: 1e6, or the largest float32
@@ -120,6 +120,8 @@ class VectorEnv:
             return action + self.action_start
         scaled = action * self.action_scale  # float64
         scaled += self.action_shift
+        if not np.isfinite(np.vdot(scaled, scaled)) and not np.isfinite(action).all():
+            raise RunFault(f"the policy's actions for {self.env_id} became non-finite: training has diverged")
         np.maximum(scaled, self._low, out=scaled)  # the bounds come last, because rounding could overstep one
         np.minimum(scaled, self._high, out=scaled)
         return np.rint(scaled) if self._whole else scaled
