@@ -754,6 +754,12 @@ def test_non_finite_rewards_stop_the_run(tmp_path):
         dppo.train(small(env="probe/NanBox-v0", clone_steps=0, run_dir=str(tmp_path / "run")))
 
 
+def test_an_action_that_cannot_vary_is_no_fault_of_the_data():
+    """Both its bounds are one number, which any action of the policy's comes to."""
+    envs = SimpleNamespace(action_scale=np.array([2.0, 0.0]), action_shift=np.array([1.0, 3.0]))
+    assert demonstrations.to_policy(envs, np.array([[2.0, 3.0]])).tolist() == [[0.5, 0.0]]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

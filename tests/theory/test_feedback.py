@@ -1,6 +1,7 @@
 """Reward models, the KL in the reward, PPO over tokens, the pretraining term: items 34 to 39 and 42."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -242,6 +243,42 @@ def test_39_more_models_make_it_less():
     proxies = true + 0.5 * torch.randn(4, 200, 1000, generator=g, dtype=F64) ** 3
     one, four = ((tilted(proxy, 0.05) * true).sum(-1).mean() for proxy in (proxies[0], proxies.mean(0)))
     assert four > one + 0.1
+
+
+def test_39_a_clipped_proxy_makes_it_less():
+    """S3 10.19: rewards clipped to what is usual of the true one, one or two of its standard deviations. A
+    bound as low as a tenth of one tells too few responses apart.
+    """
+    g = torch.Generator().manual_seed(0)
+    true = torch.randn(200, 1000, generator=g, dtype=F64)
+    proxy = true + 0.5 * torch.randn(200, 1000, generator=g, dtype=F64) ** 3
+
+    def found(bound):
+        return float((tilted(proxy.clamp(-bound, bound), 0.05) * true).sum(-1).mean())
+
+    assert found(2.0) > found(math.inf) + 0.5 and found(1.0) > found(0.1) + 0.2
+
+
+def test_39_answers_about_what_the_policy_does_by_now_make_it_less():
+    """S3 10.19: as many noisy looks at the true reward, in ten rounds at what the policy of then writes, or
+    at once at what the reference (uniform) does; an estimate is the mean of the proxy and the looks. With a
+    beta so small that a policy writes one answer only, a round is about one, and four are worth nothing.
+    """
+    true = torch.randn(200, 1000, generator=torch.Generator().manual_seed(0), dtype=F64)
+
+    def found(rounds, beta):
+        g = torch.Generator().manual_seed(1)
+        total = true + 0.5 * torch.randn(200, 1000, generator=g, dtype=F64) ** 3
+        looks, policy = torch.ones_like(true), torch.full_like(true, 1 / 1000)
+        for _ in range(rounds):
+            at = policy.multinomial(100 // rounds, replacement=True, generator=g)
+            seen = true.gather(1, at) + torch.randn(at.shape, generator=g, dtype=F64)
+            total.scatter_add_(1, at, seen)
+            looks.scatter_add_(1, at, torch.ones_like(seen))
+            policy = tilted(total / looks, beta)
+        return float((policy * true).sum(-1).mean())
+
+    assert found(10, 0.5) > found(1, 0.5) + 0.5 and found(4, 0.05) < found(1, 0.05) + 0.1
 
 
 def test_42_token_ppo_divided_by_the_length():
