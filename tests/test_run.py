@@ -880,7 +880,7 @@ def test_check_args(change, message):
         (actor_critic.Args(optimizer="Adam"), "--optimizer must be one of adam, rmsprop, not Adam"),
         (ppo.Args(surrogate="clipped"), "--surrogate must be one of clip, kl, adaptive-kl, unclipped, not"),
         (reinforce.Args(baseline="Mean"), "--baseline must be one of none, mean, optimal, value, not Mean"),
-        (ppo.Args(log_std=1e39), "--log-std must be finite, in 32 bits as well, not 1e+39"),
+        (ppo.Args(log_std=1e39), "--log-std must be less than 3.4e+38 in size, not 1e+39"),
         (ppo.Args(hidden=(64, 10**20)), "--hidden must be less than 2**63, not (64, 1"),
     ],
 )

@@ -176,8 +176,9 @@ def check_args(
             require(0 < value < math.inf, f"{flag(name)} must be greater than 0, not {value:g}")
     for name in finite:
         value = getattr(args, name)
+        require(value is None or math.isfinite(value), f"{flag(name)} must be finite, not {value}")
         fits = value is None or abs(value) < LARGEST
-        require(fits, f"{flag(name)} must be finite, in 32 bits as well, not {value}")
+        require(fits, f"{flag(name)} must be less than {LARGEST:g} in size, not {value}")
     for name in ("threads", "env_threads"):  # a hundred thousand end in a segmentation fault
         value = getattr(args, name)
         require(value is None or value <= 1024, f"{flag(name)} must be at most 1024, not {value}")
