@@ -564,7 +564,8 @@ def pictures(rows: Sequence[Row], results: Path) -> list[Picture]:
         if before in toured and after in toured:
             folders = [toured[name].folder for name in (before, after)]
             caption = f"{after} and {before} on {TOUR_TASK}"
-            until = max(int(plot.load_curves(toured[after].folder)[0][-1]), toured[after].budget)
+            last = max(plot.load_curves(toured[after].folder)[0][-1], toured[after].budget)
+            until = round(1.01 * last)  # an evaluation may come a batch later than planned
             out = results / "tour" / f"{after}.png"
             found.append(Picture(out, folders, [before, after], caption, until, listed=False))
     by_name = {f"{row.variant}/{row.agent}/{row.task}".lstrip("/"): row for row in rows}
