@@ -106,7 +106,7 @@ SUITES: dict[str, list[Entry]] = {
         Entry("actor_critic", "HalfCheetah-v4", TEN),
         Entry("actor_critic", "Hopper-v4", FIVE),
         Entry("actor_critic", "Walker2d-v4", FIVE),
-        Entry("actor_critic", "CartPole-v1", FIVE),
+        Entry("actor_critic", "CartPole-v1", TEN),
         Entry("actor_critic", "Acrobot-v1", TEN),
         Entry("actor_critic", "MountainCarContinuous-v0", TEN),
         Entry("actor_critic", "Pendulum-v1", TEN),
@@ -114,7 +114,7 @@ SUITES: dict[str, list[Entry]] = {
     ],
     "trpo": [
         Entry("trpo", "HalfCheetah-v4", TEN),
-        Entry("trpo", "Hopper-v4", FIVE),
+        Entry("trpo", "Hopper-v4", TEN),
         Entry("trpo", "Walker2d-v4", TEN),
         Entry("trpo", "CartPole-v1", TEN),
         Entry("trpo", "Acrobot-v1", TEN),
