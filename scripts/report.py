@@ -16,7 +16,7 @@ Everything is computed from results/ alone, with rliable (Agarwal et al. 2021, a
 
 Scores that are aggregated over tasks are normalised: 0 is random, 1 is PPO as published at the budget that
 PPO has here. Of an agent whose tasks have different numbers of seeds the first ones of each count there, as
-many as all have; a task with fewer than three is left out. Exit status: 0, 2 for bad input.
+many as all have; a task with fewer than five is left out. Exit status: 0, 2 for bad input.
 
 Needs the extra `report`: pip install -e '.[report]'.
 """
@@ -54,7 +54,7 @@ REPS = 2000  # bootstrap samples of an interval
 TAUS = tuple(round(0.05 * i, 2) for i in range(31))  # normalised scores at which a profile is computed
 COLUMNS = ("quantity", "agent", "against", "task", "x", "value", "low", "high")
 EPISODES = 100  # of random play
-FEWEST = 3  # seeds of a task that counts among an agent's aggregated scores
+FEWEST = 5  # seeds of a task that counts among an agent's aggregated scores
 BEGINS_TRAINED = {"dppo"}  # its environment steps begin with a clone, no untrained agent
 # zoo/README.md walks from one agent to the next, on this task
 TOUR_TASK, TOUR = (
@@ -314,7 +314,7 @@ def improvement(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 
 def normalised(rows: Sequence[Row], results: Path) -> dict[str, dict[str, np.ndarray]]:
     """Scores of each agent as it is by task, 0 random and 1 PPO as published; what has no reference, or fewer
-    than three seeds, is left out."""
+    than FEWEST seeds, is left out."""
     published, random = plot.read_published(results / "published.csv"), read_random(results)
     budgets = {row.task: row.budget for row in rows if row.agent == "ppo" and not row.variant}
     found: dict[str, dict[str, np.ndarray]] = {}
@@ -586,7 +586,8 @@ def block(rows: Sequence[Row], found: Statistics, results: Path) -> str:
         "Final deterministic evaluations, over all recorded seeds. [95%]: stratified bootstrap intervals.\n",
         *table(rows, found, published),
         "",
-        f"Published, at the same budget: {legend(published)}. T, Z and C used the v3 tasks. "
+        f"Published, at the same budget: {legend(published)}. T, Z and C used the v3 tasks of MuJoCo, "
+        "Z the v2 tasks of LunarLander. "
         "[`results/published.csv`](results/published.csv) has every number with its protocol, also those "
         "measured as training returns, which are not set against evaluations here.",
     ]
@@ -595,9 +596,9 @@ def block(rows: Sequence[Row], found: Statistics, results: Path) -> str:
     if found.of("normalised iqm"):
         parts += [
             "",
-            "Over all tasks, each agent on its own, with its own budgets and as many of its first seeds as "
-            "each of its tasks has; 0 are random actions, 1 is PPO as published, the highest of several "
-            "values:",
+            f"Over all tasks with {FEWEST} seeds and more, each agent on its own, with its own budgets and "
+            "as many of its first seeds as each of its tasks has; 0 are random actions, 1 is PPO as "
+            "published, the highest of several values:",
             "",
             *aggregate_table(found),
             "",
@@ -685,7 +686,8 @@ def draw_aggregate(found: Statistics, out: Path) -> None:
     chances.set_title(title, fontsize=10)
     for axes in (means, profiles, chances):
         axes.grid(alpha=0.3)
-    figure.suptitle("All tasks: points or lines with 95% stratified bootstrap intervals", fontsize=11)
+    title = f"Tasks with {FEWEST} seeds and more: points or lines with 95% stratified bootstrap intervals"
+    figure.suptitle(title, fontsize=11)
     plot.save(figure, out, data_of(aggregate_rows(found)))
 
 

@@ -117,6 +117,7 @@ PUBLISHED = [
 def made(tmp_path, monkeypatch):
     """Results of three agents, with references, and a README to write to."""
     monkeypatch.setattr(report.benchmark, "is_in_history", lambda commit, _: commit == "abc")
+    monkeypatch.setattr(report, "FEWEST", 3)
     results = tmp_path / "results"
     make(results, "ppo", "A-v0", [8, 9, 10, 11])
     make(results, "ppo", "B-v0", [18, 19, 17], commit="abc-dirty")
@@ -201,7 +202,7 @@ def test_the_report_is_written_and_read_again(made, monkeypatch):
     assert "**trpo on A-v0**: 4.5 against 6 (T, 10 seeds), which lies above our interval" in text
     assert "**sac on C-v0**: 1 against 5 (T, 10 seeds), one run of ours" in text  # there is no interval
     assert "`--clip 0.5` | A-v0 | 1k | 4 | 2.5 [" in text
-    assert "| sac" not in text.split("Over all tasks")[1]  # no reference for its task
+    assert "| sac" not in text.split("Over all tasks with 3 seeds and more")[1]  # no reference for its task
     assert "† made by changed code" in text and "`abc-dirty` †" in text
     shown = report.pictures(rows, made)
     expected = ["A-v0.png", "plain/A-v0.png", "tour/ppo.png"]
