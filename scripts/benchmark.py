@@ -105,7 +105,7 @@ SUITES: dict[str, list[Entry]] = {
     "actor_critic": [
         Entry("actor_critic", "HalfCheetah-v4", TEN),
         Entry("actor_critic", "Hopper-v4", FIVE),
-        Entry("actor_critic", "Walker2d-v4", FIVE),
+        Entry("actor_critic", "Walker2d-v4", TEN),
         Entry("actor_critic", "CartPole-v1", TEN),
         Entry("actor_critic", "Acrobot-v1", TEN),
         Entry("actor_critic", "MountainCarContinuous-v0", TEN),
