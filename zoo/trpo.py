@@ -97,6 +97,9 @@ SETTINGS: dict[str, dict] = {
         num_envs=32, num_steps=64, delta=0.01, anneal=True, critic_epochs=20, gamma=0.995,
         log_std=0.0,
     ),
+    "Swimmer-v4": dict(
+        num_envs=4, num_steps=512, critic_epochs=20, gamma=0.9999, gae_lambda=0.98, log_std=0.0,
+    ),
     "Walker2d-v4": dict(num_envs=32, num_steps=64, anneal=True, critic_epochs=10, log_std=-0.5),
     "CartPole-v1": dict(
         total_steps=100_000, num_envs=8, num_steps=128, delta=0.01, fvp_subsample=1, damping=1e-3,
