@@ -98,7 +98,7 @@ SUITES: dict[str, list[Entry]] = {
         Entry("reinforce", "Hopper-v4", FIVE),
         Entry("reinforce", "Walker2d-v4", FIVE),
         Entry("reinforce", "Acrobot-v1", TEN),
-        Entry("reinforce", "Pendulum-v1", FIVE),
+        Entry("reinforce", "Pendulum-v1", TEN),
         Entry("reinforce", "MountainCarContinuous-v0", TEN),
         Entry("reinforce", "MountainCar-v0", TEN),
     ],
