@@ -219,6 +219,26 @@ def by_default(tmp_path_factory):
     return policy(folder)
 
 
+def test_the_loss_is_handed_what_was_asked_for(tmp_path, monkeypatch):
+    """beta and the smoothing; the reference's log-probabilities a token, or none."""
+    calls, loss = [], dpo.dpo_loss
+
+    def record(chosen, rejected, *rest):
+        calls.append(rest)
+        return loss(chosen, rejected, *rest)
+
+    monkeypatch.setattr(dpo, "dpo_loss", record)
+    found = {}
+    for name in ("none", "length-norm", "reference-free"):
+        more = () if name == "none" else (f"--{name}",)
+        smooth = ("--beta", "0.2", "--label-smoothing", "0.3", "--total-steps", "32")
+        run(dpo, *TINY, *smooth, *more, "--run-dir", str(tmp_path / name))
+        assert calls[-1][2:] == (0.2, 0.3)
+        found[name] = calls[-1][0]
+    torch.testing.assert_close(found["length-norm"], found["none"] / 3)  # Sort's answers of three digits
+    assert (found["reference-free"] == 0).all() and (found["none"] < -1).all()
+
+
 @pytest.mark.parametrize(
     "arguments", [("--length-norm",), ("--reference-free",), ("--label-smoothing", "0.3"), ("--online", "4")]
 )

@@ -148,6 +148,16 @@ def test_the_kl_as_a_loss_by_hand(kl, estimate):
     assert "kl_loss" not in loss_of(steps_of(ref=0.3), kl=kl, beta=2.0)[1]  # it is in the rewards
 
 
+@pytest.mark.parametrize(("kl", "slope"), [("k1", 1 - 0.3), ("k2", 0.3**2 / 2 - 0.3), ("k3", -0.3)])
+def test_the_correction_of_the_kl_is_differentiated(kl, slope):
+    """k + dk / d log pi on every step's score, at the old policy and log ref - log pi = .3."""
+    steps = steps_of(ref=0.3)._replace(advantage=torch.zeros(4))
+    args = Args(kl=kl, kl_in="loss", beta=2.0, kl_correction=True)
+    found = grad(lambda x: group_loss(x, steps, tabular, args)[0])(PARAMS)
+    scores = grad(lambda x: (steps.weight * tabular(x, OBS).log_prob(ACTION)).mean())(PARAMS)
+    torch.testing.assert_close(found, 2 * slope * scores)
+
+
 def test_filling_changes_nothing_bit_for_bit():
     kinds = dict(kl="k3", kl_in="loss", beta=0.5)
     some = steps_of((0.1, -0.1, 0.05, 0.0), 0.2, (1.0, 2.0, 0.0, 0.0))

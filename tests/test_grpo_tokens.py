@@ -51,6 +51,7 @@ def test_sums_over_tokens_by_hand():
     assert token_sum(x, mask, "response").item() == pytest.approx((2 + 6) / 2)
     assert token_sum(x, mask, "batch").item() == pytest.approx(12 / 4)
     assert token_sum(x, mask, "constant").item() == pytest.approx(12 / 2 / 3)
+    assert token_sum(x[1:], mask[1:], "constant").item() == pytest.approx(6 / 3)  # by L, not the longest one
 
 
 def batch_of(shift=0.0):
@@ -236,6 +237,20 @@ def test_the_kl_in_the_reward_is_that_of_the_response_alone(level, tmp_path, mon
     last = rows(tmp_path)[-1]
     assert float(last["kl"]) == pytest.approx(float((log_ratio * mask).sum(-1).mean()), abs=1e-3)
     assert float(last["learning_rate"]) == pytest.approx(1.5e-2)
+
+
+def test_a_kl_in_the_loss_is_not_charged_again(tmp_path, monkeypatch):
+    """The advantages of the second batch, by which the policy has left the reference, are the rule's."""
+    calls = recorded_updates(monkeypatch, grpo_tokens)
+    once = ("--total-steps", "64", "--num-epochs", "1", "--num-minibatches", "1", "--learning-rate", "3e-2")
+    run(grpo_tokens, *ADD, *once, "--kl-in", "loss", "--run-dir", str(tmp_path))
+    _, (_, _, batch, _) = calls
+    assert (batch.log_prob - batch.ref_log_prob)[batch.mask].abs().mean() > 0.02
+    reward = Add(2).reward(batch.prompt, batch.response)
+    for prompt in batch.prompt.unique(dim=0):
+        group = (batch.prompt == prompt).all(-1)
+        expected = (reward[group] - reward[group].mean())[:, None] * batch.mask[group]
+        torch.testing.assert_close(batch.advantage[group], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_it_learns_count(tmp_path):

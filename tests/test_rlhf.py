@@ -511,6 +511,54 @@ def test_a_reward_model_scores_better_answers_higher(tmp_path):
     assert score[rule > 0].mean() > 0.1 and score[rule < 0].mean() < -0.1
 
 
+def test_reward_models_start_from_the_reference_and_are_measured_on_held_out_prompts(
+    finished, tmp_path, monkeypatch
+):
+    drawn, draw = [], rlhf.draw_rankings
+
+    def record(*given, **named):
+        drawn.append(draw(*given, **named))
+        return drawn[-1]
+
+    monkeypatch.setattr(rlhf, "draw_rankings", record)
+    calls = recorded(monkeypatch, "adam")
+    stages = ("--stage", "reward", "--earlier", str(finished), "--run-dir", str(tmp_path))
+    run(rlhf, *SORT, "--ensemble", "2", *stages)
+    task, (learned, measured) = Sort(3), [prompt for prompt, _ in drawn]
+    assert task.is_held_out(measured).all() and not task.is_held_out(learned).any()
+    head, ref = 8 + 1, agent(finished / "supervised")["params"]
+    for member in calls[0][0]:
+        assert torch.equal(member[:-head], ref[: -head * task.vocab])
+
+
+def test_policy_and_critic_start_from_the_reference(finished, tmp_path, monkeypatch):
+    """And V is 0 at first."""
+    calls = recorded_updates(monkeypatch, rlhf)
+    stages = ("--stage", "ppo", "--reward", "rule", "--earlier", str(finished), "--run-dir", str(tmp_path))
+    run(rlhf, *SORT, *stages)
+    head, ref = 8 + 1, agent(finished / "supervised")["params"]
+    start = torch.cat((ref, ref[: -head * Sort(3).vocab], torch.zeros(head)))
+    assert torch.equal(calls[0][0], start)
+
+
+def test_beta_is_in_units_of_what_is_paid():
+    """A reward model has learned the rule's rewards over the labeller's temperature."""
+    assert Args(beta=0.3, temperature=0.2).rule_kl_coef == pytest.approx(0.06)
+    assert Args(beta=0.3, temperature=0.2, reward="rule").rule_kl_coef == 0.3
+    assert dpo.Args(beta=0.3, temperature=0.2).kl_coef == pytest.approx(0.06)
+
+
+def test_a_ptx_of_next_to_nothing_changes_next_to_nothing(finished, tmp_path):
+    """In the first step, whose batch is the same."""
+    once = ("--total-steps", "32", "--num-epochs", "1", "--num-minibatches", "1", "--reward", "rule")
+    after = []
+    for ptx in ("0", "1e-7"):
+        stages = ("--stage", "ppo", "--earlier", str(finished), "--run-dir", str(tmp_path / ptx))
+        run(rlhf, *SORT, *once, "--ptx", ptx, *stages)
+        after.append(agent(tmp_path / ptx / "ppo")["params"])
+    torch.testing.assert_close(*after, rtol=0, atol=1e-4)
+
+
 def test_reward_models_that_start_alike_part(finished, tmp_path, monkeypatch):
     """Two models of one and the same head become two, for each learns from batches of its own."""
     make_network = rlhf.make_network
@@ -550,6 +598,21 @@ def test_a_response_is_paid_the_reward_models_mean_less_a_constant(finished, tmp
     assert paid.mean().abs() < 1 and not torch.allclose(scores[0], scores[1], atol=1e-2)
 
 
+def test_a_clipped_score_is_paid_within_its_bounds(finished, tmp_path, monkeypatch):
+    """Without KL and with lambda 1 a return is the score."""
+    once = ("--batch-size", "256", "--total-steps", "256", "--num-epochs", "1", "--num-minibatches", "1")
+    paid = []
+    for clip in ((), ("--score-clip", "0.01")):
+        stages = ("--stage", "ppo", "--earlier", str(finished), "--run-dir", str(tmp_path / str(len(clip))))
+        with monkeypatch.context() as patch:
+            calls = recorded_updates(patch, rlhf)
+            given = ("--ensemble", "2", "--beta", "0", "--gae-lambda", "1", *clip)
+            run(rlhf, *SORT, *once, *given, *stages)
+        paid.append(calls[0][2].return_[:, 0])
+    torch.testing.assert_close(paid[1], paid[0].clamp(-0.01, 0.01), rtol=0, atol=1e-6)
+    assert (paid[0].abs() > 0.01).any()
+
+
 def until_end(response, end):
     """(B, L) True up to a response's first end token, found one by one."""
     lengths = [[*row, end].index(end) + 1 for row in response.tolist()]
@@ -574,7 +637,9 @@ def test_a_reward_model_reads_a_response_where_it_ends(on_add):
     assert not all(mask.all() for mask, _ in masks)
 
 
-@pytest.mark.parametrize("arguments", [(), ("--normalize-advantages",), ("--no-critic",)])
+@pytest.mark.parametrize(
+    "arguments", [(), ("--normalize-advantages",), ("--no-critic",), ("--kl-in", "loss")]
+)
 def test_a_batch_follows_from_its_prompts_and_responses(arguments, on_add, tmp_path, monkeypatch):
     """Mask, log-probabilities, advantages and returns of the second batch, by which the policy has left the
     reference and the critic 0, token by token; and the step that is taken on it.
@@ -605,7 +670,8 @@ def test_a_batch_follows_from_its_prompts_and_responses(arguments, on_add, tmp_p
     for found, expected in ((batch.log_prob, log_prob), (batch.ref_log_prob, ref_log_prob)):
         torch.testing.assert_close(found * mask, expected * mask, rtol=1e-4, atol=1e-4)
     score = task.reward(batch.prompt, batch.response)
-    reward = -0.5 * (log_prob - ref_log_prob)
+    place = "loss" if "--kl-in" in arguments else "reward"
+    reward = -0.5 * (log_prob - ref_log_prob) * (place == "reward")  # or it would be charged twice
     advantage, critics = torch.zeros_like(reward), "--no-critic" not in arguments
     for row, length in enumerate(mask.sum(-1).tolist()):
         reward[row, length - 1] += score[row]
@@ -628,7 +694,7 @@ def test_a_batch_follows_from_its_prompts_and_responses(arguments, on_add, tmp_p
 
     def loss(params):
         log_prob, value = outputs(params)
-        args = SimpleNamespace(critic=critics, value_coef=0.5, kl_in="reward", clip=0.01)
+        args = SimpleNamespace(critic=critics, value_coef=0.5, kl_in=place, kl="k1", kl_coef=0.5, clip=0.01)
         return rlhf.rlhf_loss(log_prob, value, batch, args)[0]
 
     step = rlhf.adam(params, rlhf.clip_grad(grad(loss)(params), 1.0)[0], opt, learning_rate)
@@ -734,3 +800,7 @@ def test_rankings_put_the_labellers_choice_first():
     prompt, response = rlhf.draw_rankings(policy, params, task, args, 200, generator())
     reward = task.reward(prompt.repeat_interleave(3, 0), response.flatten(0, 1)).view(200, 3)
     assert (reward.diff(dim=1) <= 0).all() and (reward.diff(dim=1) < 0).any()
+    args.label_error = 1.0  # and turned round
+    prompt, response = rlhf.draw_rankings(policy, params, task, args, 200, generator())
+    reward = task.reward(prompt.repeat_interleave(3, 0), response.flatten(0, 1)).view(200, 3)
+    assert (reward.diff(dim=1) >= 0).all() and (reward.diff(dim=1) > 0).any()

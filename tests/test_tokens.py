@@ -220,6 +220,22 @@ def test_an_evaluations_kl_is_the_policys_to_the_reference():
     assert found["eval_reward"] == pytest.approx((policy.exp() * reward).sum(-1).mean().item(), abs=0.05)
 
 
+def test_an_evaluations_kl_ends_with_the_response():
+    """One nat a token: as many as the answers have, and nothing for the padding behind them."""
+    task, lengths = Add(2), []
+
+    def write(prompt, generator):
+        answer = task.answer(prompt)
+        lengths.append(task.mask(answer).sum(-1).double().mean().item())
+        return answer, torch.zeros(answer.shape)
+
+    def ref(prompt, response):
+        return -torch.ones(response.shape)
+
+    found = measure(task, write, ref, ref, 0.1, 500, 0, torch.device("cpu"))
+    assert found["eval_kl"] == pytest.approx(lengths[0]) and lengths[0] < task.response_length
+
+
 # --- environments -------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,8 @@ likely a model makes an x_0 is not known, only how likely it makes a chain, and 
 L_t(x) = log(pi / pi_ref)(x_{t-1} | x_t):
 
     trajectory  -log sigmoid(beta (sum_t L_t(x^w) - sum_t L_t(x^l)))        the chains that made the samples
-    d3po        -log sigmoid(beta T (L_t(x^w) - L_t(x^l)))                  each step alone (arXiv:2311.13231)
+    d3po        -log sigmoid(beta T (L_t(x^w) - L_t(x^l)))                  each step alone (arXiv:2311.13231,
+                                                                     whose beta is beta T here)
     standard    -log sigmoid(-beta T w_t (D_t(x^w) - D_t(x^l)))             S0 (33): samples noised anew
                 D_t = |eps - eps_theta|^2 - |eps - eps_ref|^2        -w_t D_t is L_t's mean under q where w_t
                                                                      is the VLB's weight

@@ -80,6 +80,7 @@ class Args(RunArgs):
     reward_epochs: int = 8  # how often each ranking is drawn, on average
     reward_learning_rate: float = 1e-3  # Adam's
     ensemble: int = 1  # reward models, of other heads and other batches; PPO is paid their mean
+    score_clip: float | None = None  # scores (a model's less the reference's) clipped to +- this
     batch_size: int = 256  # sequences in a batch of the later stages
     num_epochs: int = 4  # passes over a batch of responses
     num_minibatches: int = 2  # gradient steps in a pass
@@ -586,6 +587,8 @@ def ppo_stage(args: Args, task: Task, device: torch.device) -> float:
         response, log_prob = write(params, prompt, draw_noise())
         mask, ref_log_prob = task.mask(response), log_probs(policy, ref, prompt, response)
         score, kl = judge(prompt, response) - shift, kl_estimate(ref_log_prob - log_prob, args.kl)
+        if args.score_clip is not None:
+            score = score.clamp(-args.score_clip, args.score_clip)
         reward = token_rewards(score, kl, mask, beta)
         if args.critic:
             value = at_responses(critic, params[len(ref) :], prompt, response).squeeze(-1)
@@ -645,7 +648,7 @@ def check(args: Args) -> None:
         fractions=("other", "label_error", "gamma", "gae_lambda"),
         positive=(
             "supervised_learning_rate", "reference_scale", "temperature", "reward_learning_rate",
-            "learning_rate", "clip", "max_grad_norm",
+            "learning_rate", "clip", "max_grad_norm", "score_clip",
         ),
         at_least_0=("supervised_steps", "value_coef", "ptx"),
     )  # fmt: skip
