@@ -95,7 +95,7 @@ SUITES: dict[str, list[Entry]] = {
     "reinforce": [
         Entry("reinforce", "CartPole-v1", TEN),
         Entry("reinforce", "HalfCheetah-v4", FIVE, "--total-steps 3000000"),
-        Entry("reinforce", "Hopper-v4", FIVE),
+        Entry("reinforce", "Hopper-v4", TEN),
         Entry("reinforce", "Walker2d-v4", FIVE),
         Entry("reinforce", "Acrobot-v1", TEN),
         Entry("reinforce", "Pendulum-v1", TEN),

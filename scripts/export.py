@@ -29,7 +29,6 @@ import zoo
 from zoo.common.agent import Agent
 from zoo.common.args import require
 from zoo.common.cli import script_main
-from zoo.common.device import loader
 from zoo.common.errors import RunFault
 from zoo.common.files import write_atomically
 
@@ -65,21 +64,28 @@ class Exported(nn.Module):
 
 
 def _network(agent: Agent) -> tuple[nn.Module, Callable[[Any], Any]]:
-    """The agent's network and its function from observations (N, D) to the policy's distribution."""
+    """The agent's network and its function from observations (N, D) to the policy's distribution.
+
+    They are those that its file's `make_policy` gives to `policy_at`, however it builds them.
+    """
     module: Any = importlib.import_module(f"zoo.{agent.name}")
-    args: Any = agent.args
-    require(agent.name != "dppo", f"{agent!r}: its action is sampled step by step, which is not exported")
-    if agent.name == "sac":
-        net = module.Actor(agent.envs, args.hidden)
-        policy = module.policy_at(net)
-    else:
-        if agent.name == "grpo":
-            net = module.PolicyNetwork(agent.envs, args.hidden, args.log_std)
-        else:
-            net = module.ActorCritic(agent.envs, args.hidden, args.log_std, args.shared_network)
-        policy = module.policy_at(net, agent.state["obs_stats"])
-    loader(net)(agent.state["params"])
-    return net, policy
+    stepwise = hasattr(module, "make_schedule")  # dppo.py
+    require(not stepwise, f"{agent!r}: its action is sampled step by step, which is not exported")
+    policy_at, made = getattr(module, "policy_at", None), list[tuple[nn.Module, Callable[[Any], Any]]]()
+
+    def noted(net: nn.Module, *rest: Any) -> Callable[[Any], Any]:
+        assert policy_at is not None
+        made.append((net, policy_at(net, *rest)))
+        return made[-1][1]
+
+    module.policy_at = noted
+    try:
+        module.make_policy(agent.envs, agent.args, agent.state)
+    finally:
+        module.policy_at = policy_at
+    asked = "make_policy has to call policy_at(net, ...), which this script exports"
+    require(bool(made), f"{agent!r}: zoo/{agent.name}.py's {asked}")
+    return made[-1]
 
 
 def to_onnx(agent: Agent) -> bytes:

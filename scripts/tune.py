@@ -229,6 +229,11 @@ class Stopped(Exception):
     """A trial given up by the pruner."""
 
 
+class Cut(BaseException):
+    """Ctrl-C in a trial, as Optuna lets it through: of a KeyboardInterrupt it logs a traceback, and counts
+    the trial as failed, so that a search that goes on would leave it out."""
+
+
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
     """What runs say is not the search's."""
@@ -289,6 +294,8 @@ def objective(
         trial.set_user_attr("failed", str(error))
     except Stopped:
         pass
+    except KeyboardInterrupt as error:
+        raise Cut from error
     raise optuna.TrialPruned
 
 
@@ -346,7 +353,10 @@ def tune(args: Args) -> None:
         go_on(study, default, ranges, args.trials)
         run = partial(objective, module=module, default=default, ranges=ranges, seeds=seeds, folder=folder)
         while (left := args.trials - ended(study)) > 0:
-            study.optimize(run, n_trials=min(left, 1), callbacks=[tell])
+            try:
+                study.optimize(run, n_trials=min(left, 1), callbacks=[tell])
+            except Cut as cut:
+                raise cut.__cause__ from None  # type: ignore[misc]
         require(
             any(trial.state.name == "COMPLETE" for trial in study.trials),
             f"--space: none of {len(study.trials)} trials was completed; the last: {why(study.trials[-1])}",

@@ -151,6 +151,23 @@ def test_what_keeps_changing_is_run_eagerly_after_one_warning(traced, capsys):
     )
 
 
+def test_the_warning_names_what_cannot_be_compiled_and_the_line(traced, capsys):
+    def double_large_ones(total, x):
+        def step(carry, row):
+            if carry.sum() > 4:
+                carry = carry * 2
+            return carry + row, carry.sum()
+
+        return scan(step, total, x)
+
+    ours = compile_function(double_large_ones, CPU)(torch.ones(3), torch.ones(4, 3))
+    assert ours[1].tolist() == double_large_ones(torch.ones(3), torch.ones(4, 3))[1].tolist()
+    _, line = capsys.readouterr().err.splitlines()
+    assert "eagerly (Data-dependent branching" in line
+    first = double_large_ones.__code__.co_firstlineno
+    assert line.endswith(f"; {__file__}:{first + 2})")
+
+
 @pytest.mark.parametrize("compiling", [True, False])
 def test_a_run_says_once_that_it_compiles(tmp_path, traced, capsys, compiling):
     """TRPO has four functions to compile; a second run in the process says so again."""
@@ -352,6 +369,33 @@ def test_flatten_and_back():
     )
     vector += 1  # a copy of the module's parameters, of which the views are views
     assert views["scale"] == 3.0 and net.scale == 2.0
+
+
+def test_no_gradient_reaches_a_frozen_parameter():
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+    net[0].requires_grad_(False)
+    vector, unflatten = flatten(net)
+    x = torch.ones(4, 2)
+
+    def loss(v):
+        return functional_call(net, unflatten(v), (x,)).sum()
+
+    gradient = torch.func.grad(loss)(vector)
+    assert gradient[:9].tolist() == [0.0] * 9 and gradient[9:].all()  # 2 x 3 weights and 3 biases
+    assert torch.func.jvp(loss, (vector,), (torch.eye(13)[0],))[1] == 0
+    device.loader(net)(vector)  # which lets the module itself ask for no gradient at all
+    assert torch.func.grad(lambda v: functional_call(net, flatten(net)[1](v), (x,)).sum())(vector)[:9].all()
+
+
+def test_buffers_that_no_checkpoint_would_hold_are_refused():
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    with pytest.raises(
+        UsageError, match=r"^Sequential: its buffers \(1.running_mean, .* would be saved nowhere"
+    ):
+        flatten(net)
+    net = nn.Linear(2, 3)
+    net.register_buffer("constant", torch.ones(2), persistent=False)
+    assert len(flatten(net)[0]) == 9
 
 
 def test_setup():

@@ -87,3 +87,24 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, command, monkeypatch):
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     status, _, errors = command(tmp_path)
     assert status == 2 and len(errors) == 1 and "pip install -e '.[export]'" in errors[0]
+
+
+def test_a_network_that_is_built_otherwise_is_exported(tmp_path, command, monkeypatch):
+    """As an edited file may: the constructor takes one argument more than the zoo's."""
+    folder = agents.train_ppo(tmp_path / "run")
+    real = zoo.ppo.ActorCritic
+
+    def built(envs, sizes, activation):
+        return real(envs, *sizes)
+
+    def make_policy(envs, args, agent):
+        net = zoo.ppo.ActorCritic(envs, (args.hidden, args.log_std, args.shared_network), "tanh").eval()
+        zoo.ppo.loader(net)(agent["params"])
+        policy = zoo.ppo.policy_at(net, agent["obs_stats"])
+        return lambda obs: policy(obs).mode().cpu().numpy()
+
+    monkeypatch.setattr(zoo.ppo, "ActorCritic", built)
+    monkeypatch.setattr(zoo.ppo, "make_policy", make_policy)
+    status, _, lines = command(folder, "--out", tmp_path / "agent.onnx")
+    assert (status, lines) == (0, [])
+    check_equal(zoo.load(folder), tmp_path / "agent.onnx", 1.0)

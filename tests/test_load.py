@@ -171,3 +171,13 @@ def test_a_finished_run_can_be_resumed(name, tmp_path, capsys):
     capsys.readouterr()
     assert run(module, "--resume", str(tmp_path)) == pytest.approx(first)
     assert "finished at step" in capsys.readouterr().err and (tmp_path / "agent.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(("agent", "train"), [("ppo", agents.train_ppo), ("sac", agents.train_sac)])
+def test_an_agent_acts_in_evaluation_mode(agent, train, tmp_path, monkeypatch):
+    """What an edit adds, such as dropout, would make it act at random."""
+    folder, module, nets = train(tmp_path / "run"), importlib.import_module(f"zoo.{agent}"), []
+    real = module.policy_at
+    monkeypatch.setattr(module, "policy_at", lambda net, *rest: nets.append(net) or real(net, *rest))
+    zoo.load(folder)
+    assert [net.training for net in nets] == [False]

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import errno
+import importlib.util
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar, NamedTuple
 
 import gymnasium as gym
@@ -162,7 +164,9 @@ def command_line(monkeypatch, capture, *argv, table=None):
 def test_folder_of_a_finished_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     args = Args(env="my/Task v0", seed=7, eval_every=250)
-    mean = train(args)
+    with monkeypatch.context() as patch:  # as if it were a file of the zoo
+        patch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=None))
+        mean = train(args)
     (folder,) = Path("runs").iterdir()
     out, err = capsys.readouterr()
     assert re.fullmatch(rf"final evaluation: {mean:.2f} ± \d\.\d\d over 4 episodes\n", out)
@@ -184,6 +188,8 @@ def test_folder_of_a_finished_run(tmp_path, monkeypatch, capsys):
     agent = load_checkpoint(folder / "agent.pt", "--agent", "scripted", "my/Task v0")
     assert set(agent) == {"format", "agent", "env", "args", "state"} and set(agent["state"]) == {"weights"}
     assert not list(folder.glob("*.tmp"))
+    train(args)
+    assert "to watch it" not in capsys.readouterr().err  # no script would find its network
 
 
 def test_columns_of_another_kind_of_agent(tmp_path, capsys):
@@ -1156,6 +1162,46 @@ def test_checkpoints_are_made_when_due(tmp_path, monkeypatch):
         saved.append(load_checkpoint(path, "")["step"] if path.exists() else 0)
     run.close()
     assert saved == [0, 0, 3, 3, 3, 6, 6, 6, 9]
+
+
+@pytest.mark.parametrize(
+    ("metric", "reason"),
+    [
+        ({"step": 0.5}, "metric 'step': progress.csv has a column of that name already"),
+        ({"std": torch.ones(2)}, "metric 'std' is a Tensor of shape (2,), no single number"),
+    ],
+)
+def test_a_metric_that_has_no_place_in_the_table_is_refused(tmp_path, metric, reason):
+    run = Run(Args(run_dir=str(tmp_path / "run")), "scripted", no_evaluation)
+    with pytest.raises(UsageError, match=re.escape(reason)):
+        run.report(100, {}, {}, metric, [])
+    assert len((tmp_path / "run" / "progress.csv").read_text().splitlines()) == 1
+
+
+def test_the_name_of_another_files_agent_is_refused(tmp_path, monkeypatch):
+    """An edited copy that kept its name would be played by the original's network, without a word."""
+    copy = tmp_path / "my_ppo.py"
+    copy.write_text(Path(ppo.__file__).read_text().replace("nn.Tanh()", "nn.ReLU()"))
+    spec = importlib.util.spec_from_file_location("my_ppo", copy)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "my_ppo", module)
+    spec.loader.exec_module(module)
+    sizes = dict(num_envs=4, num_steps=16, num_epochs=1, total_steps=64, eval_episodes=1, compile=False)
+    args = module.Args(env="CartPole-v1", run_dir=str(tmp_path / "run"), progress=False, **sizes)
+    with pytest.raises(UsageError, match=r'my_ppo.py: Run\(args, "ppo", .* own: Run\(args, "my_ppo", ...\)$'):
+        module.train(args)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_argument_that_a_checkpoint_cannot_give_back_is_refused():
+    @dataclass
+    class Warmup:
+        steps: int = 3
+
+    args = Args()
+    args.signals = Warmup()
+    with pytest.raises(UsageError, match=r"^--signals is a Warmup; only numbers, words"):
+        check_args(args)
 
 
 if __name__ == "__main__":  # an agent's file, for the tests that need a process

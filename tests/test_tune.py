@@ -188,6 +188,23 @@ def test_two_trials_are_made_kept_and_gone_on_with(search, tmp_path, capsys, mon
     assert "holds a search with other ranges" in error and error.count("\n") == 1
 
 
+def test_a_trial_that_is_interrupted_is_made_again(search, monkeypatch, capsys):
+    """Else a search stopped in its first trial would never try the agent as it is."""
+    tried = []
+
+    def score(module, args, *_):
+        tried.append(args.learning_rate)
+        if len(tried) == 1:
+            raise KeyboardInterrupt
+        return 1.0
+
+    monkeypatch.setattr(tune, "score", score)
+    assert search("--trials", "2", "--confirm", "0") == 130
+    assert capsys.readouterr().err == "interrupted; the same command goes on\n"
+    assert search("--trials", "2", "--confirm", "0") == 0
+    assert len(tried) == 3 and tried[0] == tried[1] != tried[2]
+
+
 def test_a_file_that_is_no_study_is_told(search, tmp_path, capsys):
     (tmp_path / "study.db").write_text("something else" * 100)
     assert search() == 2

@@ -90,8 +90,8 @@ class Denoiser(nn.Module):
     def __init__(self, dim: int, contexts: int, steps: int, hidden: tuple[int, ...]):
         super().__init__()
         angle = torch.linspace(0, torch.pi, steps + 1)[:, None] * 2.0 ** torch.arange(4)
-        self.register_buffer("time", angle)
-        self.register_buffer("one_hot", torch.eye(contexts))
+        self.register_buffer("time", angle, persistent=False)
+        self.register_buffer("one_hot", torch.eye(contexts), persistent=False)
         widths = (dim + 8 + contexts, *hidden)
         layers = [m for i, o in zip(widths, hidden, strict=False) for m in (nn.Linear(i, o), nn.SiLU())]
         self.net = nn.Sequential(*layers, nn.Linear(hidden[-1], dim))

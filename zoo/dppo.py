@@ -140,9 +140,9 @@ class ActorCritic(nn.Module):
     def __init__(self, obs_dim: int, chunk_dim: int, schedule: Schedule, hidden: tuple[int, ...]):
         super().__init__()
         angle = torch.linspace(0, torch.pi, schedule.steps + 1)[:, None] * 2.0 ** torch.arange(4)
-        self.register_buffer("time", torch.cat((angle.sin(), angle.cos()), -1))
+        self.register_buffer("time", torch.cat((angle.sin(), angle.cos()), -1), persistent=False)
         # of a^K, which holds nothing of a^0, nothing is shown
-        self.register_buffer("shown", (schedule.signal.cpu() > 0).float()[:, None])
+        self.register_buffer("shown", (schedule.signal.cpu() > 0).float()[:, None], persistent=False)
         self.policy_trunk = trunk(obs_dim + chunk_dim + 8, hidden)
         self.value_trunk = trunk(obs_dim, hidden)
         self.policy_head = layer(hidden[-1], chunk_dim, 0.01)
@@ -431,7 +431,7 @@ def make_policy(envs: VectorEnv, args: Args, agent: dict) -> Policy:
     denoised without noise.
     """
     schedule, size = make_schedule(args, agent["params"].device), args.chunk * envs.action_dim
-    net = ActorCritic(envs.obs_dim, size, schedule, args.hidden).to(agent["params"].device)
+    net = ActorCritic(envs.obs_dim, size, schedule, args.hidden).to(agent["params"].device).eval()
     loader(net)(agent["params"])
     policy = policy_at(net, schedule, agent["obs_stats"])
 

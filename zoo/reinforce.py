@@ -412,7 +412,7 @@ def acting(state: State) -> dict:
 
 def make_policy(envs: VectorEnv, args: Args, agent: dict) -> Policy:
     """The deterministic policy of what an agent.pt holds: observations (N, D) to modes."""
-    net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(agent["params"].device)
+    net = ActorCritic(envs, args.hidden, args.log_std, args.shared_network).to(agent["params"].device).eval()
     loader(net)(agent["params"])
     policy = policy_at(net, agent["obs_stats"])
     return lambda obs: policy(obs).mode().cpu().numpy()

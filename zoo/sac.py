@@ -315,7 +315,7 @@ def acting(state: State) -> dict:
 
 def make_policy(envs: VectorEnv, args: Args, agent: dict) -> Policy:
     """The deterministic policy of what an agent.pt holds: observations (N, D) to their squashed means."""
-    net = Actor(envs, args.hidden).to(agent["params"].device)
+    net = Actor(envs, args.hidden).to(agent["params"].device).eval()
     loader(net)(agent["params"])
     policy = policy_at(net)
     return lambda obs: policy(obs).mode().cpu().numpy()

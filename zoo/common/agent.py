@@ -108,5 +108,8 @@ def _read(path: Path) -> dict[str, Any]:
     known = (
         isinstance(name, str) and re.fullmatch(r"[a-z]\w*", name) and importlib.util.find_spec(f"zoo.{name}")
     )
-    require(bool(known), f"run {path}: is of agent {name}, which this version of the zoo does not have")
+    require(
+        bool(known),
+        f"run {path}: is of agent {name}, which this version of the zoo does not have as zoo/{name}.py",
+    )
     return content

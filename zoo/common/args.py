@@ -133,6 +133,15 @@ def require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether a checkpoint and args.json give back what they are given."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
 def check_args(
     args: RunArgs,
     at_least_1: Sequence[str] = (),
@@ -147,6 +156,10 @@ def check_args(
     tuple every element is meant. What is one of several words is looked at in any case: tyro does so on the
     command line only. Agents call it first and `require` what else they need.
     """
+    for each in fields(args):
+        value = getattr(args, each.name)
+        kept = "only numbers, words, None and tuples or dicts of them come back when a run is resumed"
+        require(_is_plain(value), f"{flag(each.name)} is a {type(value).__name__}; {kept}")
     for name, kind in get_type_hints(type(args)).items():
         literals = [each for each in (kind, *get_args(kind)) if get_origin(each) is Literal]
         words = [word for each in literals for word in get_args(each)]

@@ -14,6 +14,7 @@ one call makes a whole pass over a batch, whose minibatches are a loop that the 
 """
 
 import os
+import re
 import time
 import types
 from collections.abc import Callable
@@ -49,14 +50,28 @@ def flatten(module: nn.Module) -> tuple[Tensor, Callable[[Tensor], dict[str, Ten
     views of it.
 
     Optimiser, clipping and line search are then single vector operations, and `functional_call(module,
-    unflatten(v), ...)` of torch.func runs the module at any point v.
+    unflatten(v), ...)` of torch.func runs the module at any point v. No gradient reaches a parameter that
+    does not require one, unless none does, as after `loader`.
+    Raises UsageError for buffers of the module's state, such as the running mean of a BatchNorm: they would
+    be in no checkpoint and in no agent.pt.
     """
-    named = [(name, parameter.shape, parameter.numel()) for name, parameter in module.named_parameters()]
-    names, shapes, sizes = zip(*named, strict=True)
+    named = dict(module.named_parameters())
+    kept = module.state_dict()
+    if lost := [name for name, _ in module.named_buffers() if name in kept]:
+        raise UsageError(
+            f"{type(module).__name__}: its buffers ({', '.join(lost[:3])}) would be saved nowhere; use "
+            "nn.Parameter(..., requires_grad=False) or, if new networks have the same, persistent=False"
+        )
+    sizes = [parameter.numel() for parameter in named.values()]
+    frozen = {name for name, parameter in named.items() if not parameter.requires_grad}
+    frozen = set() if len(frozen) == len(named) else frozen
+    like = [(name, parameter.shape, name not in frozen) for name, parameter in named.items()]
 
     def unflatten(vector: Tensor) -> dict[str, Tensor]:
-        views = vector.split(sizes)
-        return {name: view.view(shape) for name, view, shape in zip(names, views, shapes, strict=True)}
+        views = zip(vector.split(sizes), like, strict=True)
+        return {
+            name: (view if learned else view.detach()).view(shape) for view, (name, shape, learned) in views
+        }
 
     return torch.cat([p.detach().reshape(-1) for p in module.parameters()]), unflatten
 
@@ -134,9 +149,7 @@ class _Compiled:
         except Exception as error:  # whatever the toolchain raises
             result = self.eager(*args)  # raises an error of the function's own again
             if not _Compiled.warned:
-                reason = " ".join(str(error).split())[:120]
-                if type(error).__name__ == "FailOnRecompileLimitHit":
-                    reason = "a constant that it reads keeps changing; pass what changes as a tensor"
+                reason = _reason(error)
                 told = f"warning: torch.compile failed, running {self.name} eagerly ({reason})"
                 say(told)
             _Compiled.warned = True
@@ -161,6 +174,22 @@ class _Compiled:
             return self.call(*args)
         finally:
             _Compiled.seconds += time.perf_counter() - start
+
+
+def _reason(error: Exception) -> str:
+    """Why compilation failed, in one line: what torch says first, and the line of one's own code."""
+    if type(error).__name__ == "FailOnRecompileLimitHit":
+        return (
+            "a constant that it reads keeps changing, or a shape; pass what changes as a tensor, shapes fixed"
+        )
+    head, _, trace = str(error).partition("from user code:")
+    # within `scan` all reasons begin with the same two lines
+    head = re.sub(
+        r"^This higher order operator.*error:|Higher Order Operator: \S+", "", head, flags=re.DOTALL
+    )
+    frames = re.findall(r'File "(.+?)", line (\d+)', trace)
+    own = [f"{file}:{line}" for file, line in frames if "site-packages" not in file and file != __file__]
+    return " ".join(head.split())[:120] + (f"; {own[-1]}" if own else "")
 
 
 def own_code(function: Callable) -> Callable:

@@ -92,8 +92,11 @@ def describe(path: Path, args: dict, agent: str, engine: str | None, step: int =
         except (OSError, subprocess.TimeoutExpired):
             return ""
 
-    # "-dirty" only where the zoo's own code differs from the commit: new curves in results/ change nothing
-    commit = git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", ".") else "") or None
+    # "-dirty" only where the zoo's own code differs from the commit: new curves in results/ change nothing.
+    # No commit of a repository that merely lies around the folder in which the zoo is installed.
+    commit = None
+    if git("ls-files", "--", ".") and (head := git("rev-parse", "HEAD")):
+        commit = head + ("-dirty" if git("status", "--porcelain", "--", ".") else "")
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = re.search(r"model name\s*: (.*)", cpuinfo)
     on_cuda = args.get("device") != "cpu" and torch.cuda.is_available()

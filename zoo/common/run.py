@@ -31,7 +31,7 @@ from zoo.common.args import RunArgs, flag
 from zoo.common.errors import Interrupted, RunFault, UsageError
 from zoo.common.files import load_checkpoint, save_checkpoint, writing
 from zoo.common.folder import describe, described, new_folder, old_folder
-from zoo.common.logs import Logs
+from zoo.common.logs import COLUMNS, Logs
 from zoo.common.process import present_process, say
 from zoo.common.state import device_of, portable, restored
 
@@ -51,9 +51,10 @@ class Run:
 
         evaluate: from what acting needs to an evaluation's columns; called when one is due. engine: that of
         the environments, for args.json. unit: what `step` counts.
-        Raises UsageError (folder or checkpoint unusable, an argument changed that is kept, wandb missing) or
-        RunFault.
+        Raises UsageError (folder or checkpoint unusable, an argument changed that is kept, wandb missing, the
+        name of another file's agent) or RunFault.
         """
+        _check_name(agent, evaluate)
         if args.track and importlib.util.find_spec("wandb") is None:
             raise UsageError("--track needs Weights & Biases: pip install wandb")
         # a copy: checkpoints hold the arguments as they were asked for, whatever `train` makes of its own
@@ -144,10 +145,11 @@ class Run:
         tensors. episodes: (return, length) of those ended since the last report. milestone: a checkpoint is
         due, and an evaluation unless there are none. The first report of a resumed run makes the evaluation
         that was owed: by then the agent has all of what it was restored to.
-        Raises RunFault for a non-finite metric or state, before the last checkpoint is touched; Interrupted.
+        Raises RunFault for a non-finite metric or state, before the last checkpoint is touched; UsageError
+        for a metric that is no number or has the name of a column of the run's own; Interrupted.
         """
         with self._closed_on_error():
-            values = {name: float(value) for name, value in metrics.items()}
+            values = {name: _number(name, value) for name, value in metrics.items()}
             for name, value in values.items():
                 if not math.isfinite(value):
                     raise RunFault(f"{name} became {value} in the iteration that ended at step {step:,}")
@@ -203,7 +205,8 @@ class Run:
         print(f"final evaluation: {told(values)}{over}", flush=True)
         for script in ("watch", "evaluate"):
             path = SCRIPTS / f"{script}.py"
-            if plays and path.is_file():  # it is not where the package alone is installed
+            known = importlib.util.find_spec(f"zoo.{self.agent}")  # else zoo.load does not find its policy
+            if plays and known and path.is_file():  # it is not where the package alone is installed
                 command = shlex.join(["python", os.path.relpath(path), str(self.folder)])
                 say(f"to {script} it: {command}")
         return next(iter(values.values()))
@@ -255,6 +258,34 @@ class Run:
         content = {**self._identity(), "step": self.step, "state": state, "run": bookkeeping}
         save_checkpoint(self.folder / "checkpoint.pt", content)
         self._process.saved_step, self._saved_at = self.step, time.perf_counter()
+
+
+def _number(name: str, value: Any) -> float:
+    """A metric's value, under a name that its column can have. Raises UsageError."""
+    if name in COLUMNS:
+        raise UsageError(
+            f"metric {name!r}: progress.csv has a column of that name already; call it otherwise"
+        )
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # which one depends on torch's version
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
+        raise UsageError(f"metric {name!r} is a {type(value).__name__}{shape}, no single number") from error
+
+
+def _check_name(agent: str, evaluate: Any) -> None:
+    """Refuse to name a run after an agent's file whose policy is another: `zoo.load` goes by the name."""
+    code = getattr(getattr(evaluate, "make_policy", None), "__code__", None)
+    spec = importlib.util.find_spec(f"zoo.{agent}")
+    if code is None or spec is None or spec.origin is None:
+        return
+    file, known = Path(code.co_filename), Path(spec.origin)
+    if file.is_file() and known.is_file() and file.read_bytes() != known.read_bytes():
+        own = file.stem if file.stem != agent else f"my_{agent}"
+        raise UsageError(
+            f'{file}: Run(args, "{agent}", ...) names the run after zoo/{known.name}, whose code would play '
+            f'and resume it; give it a name of its own: Run(args, "{own}", ...)'
+        )
 
 
 def told(values: Mapping[str, float]) -> str:
