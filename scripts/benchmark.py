@@ -91,6 +91,14 @@ SUITES: dict[str, list[Entry]] = {
         Entry("ppo", "Pendulum-v1", TEN),
         Entry("ppo", "MountainCarContinuous-v0", TEN),
         Entry("ppo", "MountainCar-v0", TEN),
+        Entry("ppo", "Swimmer-v4", THREE),
+        Entry("ppo", "Reacher-v4", THREE),
+        Entry("ppo", "InvertedPendulum-v4", THREE),
+        Entry("ppo", "InvertedDoublePendulum-v4", THREE),
+    ],
+    "box2d": [  # needs the extra of that name
+        Entry("ppo", "LunarLander-v3", THREE),
+        Entry("ppo", "LunarLanderContinuous-v3", THREE),
     ],
     "reinforce": [
         Entry("reinforce", "CartPole-v1", TEN),
