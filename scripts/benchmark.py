@@ -104,7 +104,7 @@ SUITES: dict[str, list[Entry]] = {
         Entry("reinforce", "CartPole-v1", TEN),
         Entry("reinforce", "HalfCheetah-v4", FIVE, "--total-steps 3000000"),
         Entry("reinforce", "Hopper-v4", TEN),
-        Entry("reinforce", "Walker2d-v4", FIVE),
+        Entry("reinforce", "Walker2d-v4", TEN),
         Entry("reinforce", "Acrobot-v1", TEN),
         Entry("reinforce", "Pendulum-v1", TEN),
         Entry("reinforce", "MountainCarContinuous-v0", TEN),
