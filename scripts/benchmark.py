@@ -102,7 +102,7 @@ SUITES: dict[str, list[Entry]] = {
     ],
     "reinforce": [
         Entry("reinforce", "CartPole-v1", TEN),
-        Entry("reinforce", "HalfCheetah-v4", FIVE, "--total-steps 3000000"),
+        Entry("reinforce", "HalfCheetah-v4", TEN, "--total-steps 3000000"),
         Entry("reinforce", "Hopper-v4", TEN),
         Entry("reinforce", "Walker2d-v4", TEN),
         Entry("reinforce", "Acrobot-v1", TEN),
@@ -112,7 +112,7 @@ SUITES: dict[str, list[Entry]] = {
     ],
     "actor_critic": [
         Entry("actor_critic", "HalfCheetah-v4", TEN),
-        Entry("actor_critic", "Hopper-v4", FIVE),
+        Entry("actor_critic", "Hopper-v4", TEN),
         Entry("actor_critic", "Walker2d-v4", TEN),
         Entry("actor_critic", "CartPole-v1", TEN),
         Entry("actor_critic", "Acrobot-v1", TEN),
