@@ -91,6 +91,7 @@ SUITES: dict[str, list[Entry]] = {
         Entry("ppo", "Pendulum-v1", TEN),
         Entry("ppo", "MountainCarContinuous-v0", TEN),
         Entry("ppo", "MountainCar-v0", TEN),
+        Entry("ppo", "Ant-v4", THREE),
         Entry("ppo", "Swimmer-v4", THREE),
         Entry("ppo", "Reacher-v4", THREE),
         Entry("ppo", "InvertedPendulum-v4", THREE),
@@ -129,6 +130,7 @@ SUITES: dict[str, list[Entry]] = {
         Entry("trpo", "Pendulum-v1", TEN),
         Entry("trpo", "MountainCar-v0", TEN),
         Entry("trpo", "MountainCarContinuous-v0", TEN),
+        Entry("trpo", "Swimmer-v4", THREE),
     ],
     "sac": [
         Entry("sac", "Pendulum-v1", FIVE),
