@@ -86,6 +86,7 @@ SETTINGS: dict[str, dict] = {
         num_envs=8, num_steps=64, learning_rate=1e-3, gamma=0.995, gae_lambda=0.98, entropy_coef=0.003,
         log_std=0.0,
     ),
+    "Walker2d-v4": dict(num_envs=8, num_steps=64, gae_lambda=0.98),
     "CartPole-v1": dict(
         total_steps=500_000, num_envs=8, num_steps=5, gae_lambda=1.0, optimizer="rmsprop", learning_rate=7e-4,
         eval_every=50_000,
