@@ -71,10 +71,12 @@ def _network(agent: Agent) -> tuple[nn.Module, Callable[[Any], Any]]:
     module: Any = importlib.import_module(f"zoo.{agent.name}")
     stepwise = hasattr(module, "make_schedule")  # dppo.py
     require(not stepwise, f"{agent!r}: its action is sampled step by step, which is not exported")
-    policy_at, made = getattr(module, "policy_at", None), list[tuple[nn.Module, Callable[[Any], Any]]]()
+    asked = f"{agent!r}: zoo/{agent.name}.py's make_policy has to call policy_at(net, ...), which is exported"
+    require(hasattr(module, "policy_at"), asked)
+    policy_at = module.policy_at
+    made: list[tuple[nn.Module, Callable[[Any], Any]]] = []
 
     def noted(net: nn.Module, *rest: Any) -> Callable[[Any], Any]:
-        assert policy_at is not None
         made.append((net, policy_at(net, *rest)))
         return made[-1][1]
 
@@ -83,8 +85,7 @@ def _network(agent: Agent) -> tuple[nn.Module, Callable[[Any], Any]]:
         module.make_policy(agent.envs, agent.args, agent.state)
     finally:
         module.policy_at = policy_at
-    asked = "make_policy has to call policy_at(net, ...), which this script exports"
-    require(bool(made), f"{agent!r}: zoo/{agent.name}.py's {asked}")
+    require(bool(made), asked)
     return made[-1]
 
 
