@@ -110,6 +110,7 @@ class Row(NamedTuple):
     commits: tuple[str, ...]
     traced: bool  # all of them in the history, their code unchanged
     changed: str  # arguments in which a variant differs from the agent as it is
+    longer: bool  # a variant that differs in its budget alone
     annealed: bool  # towards the budget's end, so that an earlier point is not that of a smaller budget
 
     @property
@@ -136,7 +137,7 @@ def read_row(folder: Path, results: Path) -> Row:
         require(path.is_file(), f"--results: {path} is missing, the curve of a seed in meta.json beside it")
     agent, variant = folder.parent.name, folder.relative_to(results).parts[:-2]
     commits = tuple(dict.fromkeys(entry["commit"] for entry in seeds.values()))
-    args, changed = next(iter(seeds.values()))["args"], ""
+    args, names = next(iter(seeds.values()))["args"], list[str]()
     original = results / agent / folder.name
     if variant:
         if (original / "meta.json").exists():
@@ -147,12 +148,14 @@ def read_row(folder: Path, results: Path) -> Row:
             settings = importlib.import_module(f"zoo.{agent}").Args.for_env(args["env"])
             before = json.loads(json.dumps(asdict(settings)))  # tuples become lists, as in meta.json
         names = sorted((args.keys() & before.keys()) - benchmark.BOOKKEEPING)
-        changed = " ".join(word for n in names if args[n] != before[n] for word in as_words(n, args[n]))
+        names = [name for name in names if args[name] != before[name]]
+    changed = " ".join(word for name in names for word in as_words(name, args[name]))
     traced = all(benchmark.is_in_history(commit, benchmark.REPOSITORY) for commit in commits)
     return Row(
         agent, folder.name, str(args.get("env", folder.name)), "/".join(variant), folder,
         int(args["total_steps"]), {seed: float(entry["mean"]) for seed, entry in seeds.items()},
-        tuple(short(commit) for commit in commits), traced, changed, bool(args.get("anneal", False)),
+        tuple(short(commit) for commit in commits), traced, changed, names == ["total_steps"],
+        bool(args.get("anneal", False)),
     )  # fmt: skip
 
 
@@ -430,14 +433,15 @@ def marked(row: Row) -> str:
 def comparisons(row: Row, published: list[dict[str, str]]) -> list[tuple[str, np.ndarray, dict[str, str]]]:
     """(words before it, our seeds' returns, the published row) of all that a row is set against.
 
-    Published at the row's budget; where nothing is annealed, at smaller ones that were evaluated, too.
+    Published at the row's budget; where nothing is annealed, at smaller ones that were evaluated, too. Of
+    variants those are set against it that differ in the budget alone, and at that budget.
     """
-    if row.variant:
+    if row.variant and not row.longer:
         return []
     found = [
         ("", row.scores, p) for p in plot.published_evaluations(published, row.agent, row.task, row.budget)
     ]
-    if not row.annealed:
+    if not row.annealed and not row.variant:
         at, returns = plot.load_curves(row.folder)
         for budget, values in zip(at.astype(int).tolist(), returns.T, strict=True):
             if budget < row.budget:
@@ -467,7 +471,8 @@ def table(rows: Sequence[Row], found: Statistics, published: list[dict[str, str]
                 where = f"which {where}" if len(scores) > 1 else "one run of ours"
                 runs = "one run" if p["seeds"] == "1" else f"{p['seeds']} seeds"
                 lack = f"{number(ours)} against {number(value)} ({p['source']}, {runs})"
-                short_of.append(f"**{row.agent} on {row.task}**: {when}{lack}, {where}")
+                which = " ".join(filter(None, (row.agent, row.changed)))
+                short_of.append(f"**{which} on {row.task}**: {when}{lack}, {where}")
             cells.append(f"{when}{number(ours)}: {text}" if when else text)
         file = f"[`{row.agent}.py`](zoo/{row.agent}.py)"
         name = "" if row.agent == before and not row.variant else file
@@ -514,6 +519,7 @@ SOURCES = {
     "Z": ("RL Zoo", "one run each"),
     "C": ("sb3-contrib", "three seeds"),
     "S": ("SAC as SimbaV2's authors ran it again", "ten seeds"),
+    "SpinningUp": ("Spinning Up", "ten seeds"),
 }
 
 
@@ -586,8 +592,8 @@ def block(rows: Sequence[Row], found: Statistics, results: Path) -> str:
         "Final deterministic evaluations, over all recorded seeds. [95%]: stratified bootstrap intervals.\n",
         *table(rows, found, published),
         "",
-        f"Published, at the same budget: {legend(published)}. T, Z and C used the v3 tasks of MuJoCo, "
-        "Z the v2 tasks of LunarLander. "
+        f"Published, at the same budget: {legend(published)}. T, Z, C and SpinningUp used the v3 tasks "
+        "of MuJoCo, Z the v2 tasks of LunarLander. "
         "[`results/published.csv`](results/published.csv) has every number with its protocol, also those "
         "measured as training returns, which are not set against evaluations here.",
     ]

@@ -72,7 +72,7 @@ def test_published_numbers_have_their_source_and_protocol():
         assert np.isfinite(float(row["value"])) and int(row["steps"]) > 0, row
         assert row["kind"] in ("evaluation", "training") and row["protocol"], row
         assert row["url"].startswith("https://"), row
-        assert row["kind"] == "training" or row["source"] in (*report.SOURCES, "CleanRL", "SpinningUp"), row
+        assert row["kind"] == "training" or row["source"] in report.SOURCES, row
     keys = [(row["agent"], row["task"], row["steps"], row["source"]) for row in published]
     assert len(keys) == len(set(keys))
 
@@ -156,6 +156,23 @@ def test_a_variant_of_what_was_not_run_is_compared_with_the_task_s_settings(made
     make(made / "long", "ppo", "D-v0", [1], total=9, **run)
     row = next(row for row in report.read_rows(made) if row.variant == "long")
     assert row.changed == "--clip 0.3 --total-steps 9"  # 32 environments are CartPole-v1's own
+
+
+def test_of_variants_those_that_are_only_longer_are_set_against_published_values(made, monkeypatch):
+    folder = make(made / "long", "ppo", "A-v0", [70, 75], total=2000, clip=0.2)
+    for path in folder.glob("seed_*.csv"):  # what was published for 1,000 steps is the other row's
+        path.write_text(path.read_text().replace("\n500,", "\n1000,"))
+    make(made / "long_too", "ppo", "A-v0", [70, 75], total=2000, clip=0.5)
+    rows = {row.variant: row for row in report.read_rows(made)}
+    assert [rows[name].longer for name in ("", "plain", "long", "long_too")] == [False, False, True, False]
+    published = plot.read_published(made / "published.csv")
+    at_its_budget = [(p["steps"], p["value"]) for _, _, p in report.comparisons(rows["long"], published)]
+    assert at_its_budget == [("2000", "80")] and not report.comparisons(rows["long_too"], published)
+    call(monkeypatch, made, "--no-pictures")
+    text = (made.parent / "README.md").read_text()
+    assert "| [`ppo.py`](zoo/ppo.py) `--total-steps 2000` | A-v0 | 2k | 2 | 72.5 [70, 75]" in text
+    assert "- **ppo --total-steps 2000 on A-v0**: 72.5 against 80 (T, 10 seeds)" in text
+    assert text.count("**ppo --clip 0.5") == 0
 
 
 def test_a_task_is_named_as_env_takes_it(made, monkeypatch):
