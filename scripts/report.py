@@ -523,9 +523,9 @@ SOURCES = {
 }
 
 
-def legend(published: list[dict[str, str]]) -> str:
-    """Who published, linked."""
-    address = {p["source"]: p["url"] for p in published}
+def legend(rows: Sequence[Row], published: list[dict[str, str]]) -> str:
+    """Who published what the rows are set against, linked."""
+    address = {p["source"]: p["url"] for row in rows for *_, p in comparisons(row, published)}
     known = [
         f"{key}, [{who}]({address[key]}), {how}" for key, (who, how) in SOURCES.items() if key in address
     ]
@@ -592,8 +592,8 @@ def block(rows: Sequence[Row], found: Statistics, results: Path) -> str:
         "Final deterministic evaluations, over all recorded seeds. [95%]: stratified bootstrap intervals.\n",
         *table(rows, found, published),
         "",
-        f"Published, at the same budget: {legend(published)}. T, Z, C and SpinningUp used the v3 tasks "
-        "of MuJoCo, Z the v2 tasks of LunarLander. "
+        f"Published, at the same budget: {legend(rows, published)}. All but S used the v3 tasks of MuJoCo, "
+        "Z the v2 tasks of LunarLander. "
         "[`results/published.csv`](results/published.csv) has every number with its protocol, also those "
         "measured as training returns, which are not set against evaluations here.",
     ]
@@ -603,8 +603,8 @@ def block(rows: Sequence[Row], found: Statistics, results: Path) -> str:
         parts += [
             "",
             f"Over all tasks with {FEWEST} seeds and more, each agent on its own, with its own budgets and "
-            "as many of its first seeds as each of its tasks has; 0 are random actions, 1 is PPO as "
-            "published, the highest of several values:",
+            "the first n seeds of each task, n being what all of its tasks have; 0 are random actions, "
+            "1 is PPO as published, the highest of several values:",
             "",
             *aggregate_table(found),
             "",

@@ -12,7 +12,8 @@ gives and whose sigma is fixed:
     J = E[ r(x_0, c) - beta sum_t KL_t(x_t) ],     KL_t = |mu_theta - mu_ref|^2 / 2 sigma_t^2      (S0 27, 28)
 
     score    grad E[ A_t log pi(x_{t-1} | x_t) ]                              one step on fresh chains (S0 24)
-    is       grad E[ min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) ]      several, r_t = pi / pi_old (S0 26)
+    is       grad E[ r_t A_t ],  r_t = pi / pi_old                            several (S0 26); with --clip eps
+             grad E[ min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t) ]
 
     --kl none       A_t = r - mean
     --kl loss       the same, and beta KL_t added to the loss: S0 (29). It is not J's gradient: what step t
@@ -24,7 +25,7 @@ The best chain's x_0 follows the tilt p_ref(x_0) exp(r / beta) / Z where x_T tel
 1 ensures (Domingo-Enrich et al. 2024, arXiv:2409.08861). On the tasks `line` and `ring` all of it is
 computed, not sampled.
 
-    python zoo/ddpo.py                          two mixtures on a line: within 0.04 of the best J in 30 s
+    python zoo/ddpo.py                          two mixtures on a line: within 0.04 of the best J in 40 s
     python zoo/ddpo.py --kl loss                the same with (29): ends ten times as far from the tilt
     python zoo/ddpo.py --env ring --kl none     most mass usually ends on one of two equal modes
     python zoo/ddpo.py --env digits             8 x 8 digits, wanted: threes (needs the extra `digits`)
@@ -68,7 +69,8 @@ class Args(RunArgs):
     learning_rate: float = 2e-3  # Adam's
     anneal: bool = True  # let the learning rate fall linearly to 0 over the run
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm
-    predict: Literal["eps", "v", "score"] = "eps"  # what the network says: the noise, eps - x_0, or the score
+    # what the network says: the noise, the velocity eps - x_0 (not the v of Salimans & Ho 2022), or the score
+    predict: Literal["eps", "v", "score"] = "eps"
     steps: int = 20  # denoising steps, T
     eta: float = 1.0  # noise of the sampling steps: 1 DDPM's, towards 0 DDIM's
     min_sigma: float = 0.05  # least standard deviation of a sampling step

@@ -64,7 +64,8 @@ class Args(RunArgs):
     learning_rate: float = 1e-3  # Adam's
     anneal: bool = True  # let the learning rate fall linearly to 0 over the run
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm
-    predict: Literal["eps", "v", "score"] = "eps"  # what the network says: the noise, eps - x_0, or the score
+    # what the network says: the noise, the velocity eps - x_0 (not the v of Salimans & Ho 2022), or the score
+    predict: Literal["eps", "v", "score"] = "eps"
     steps: int = 20  # denoising steps, T
     eta: float = 1.0  # noise of the sampling steps: 1 DDPM's, towards 0 DDIM's
     min_sigma: float = 0.05  # least standard deviation of a sampling step

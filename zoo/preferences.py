@@ -9,9 +9,9 @@ PPO is trained on their mean. With R_m(c) the sum of r_m over a clip c:
     loss = -E[log((1 - e) P + e / K!)]      a share e of the answers is taken for chance; equal: half of each
     r_t  = mean_m (r_m(s_t, a_t) - mean r_m) / std r_m        over the steps of all clips compared so far
 
-A share of the labels is asked of the untrained policy, the others at a falling rate while it learns; of ten
-times as many questions those are asked whose answers the members disagree most about. The true return is
-evaluated and logged, and nothing else is done with it. PPO is that of zoo/ppo.py.
+A share of the questions is about clips of the untrained policy, the others are asked at a falling rate while
+it learns; of ten times as many those are asked whose answers the members disagree most about. The true
+return is evaluated and logged, and nothing else is done with it. PPO is that of zoo/ppo.py.
 
 Where an episode can end early the end itself says what is good: such tasks are refused, or played on until
 their time limit (--fixed-horizon, see zoo/common/horizon.py). Teachers are those of B-Pref (Lee et al. 2021,

@@ -14,16 +14,16 @@ gradient of the discounted objective; practice leaves it out, which is no functi
 A baseline b that does not know a_t leaves the expectation as it is and lowers the variance:
 
     none     b = 0
-    mean     the mean return of the other episodes of the batch
+    mean     the mean return of the other episodes of the batch (to-go: of all their steps)
     optimal  the constant of least variance. An episode's estimate is X - b Y with Y = sum_t grad log pi
              (its score) and X = sum_t grad log pi R_t, so b* = E[X.Y] / E[|Y|^2]; for total, X = Y R(tau)
              and b* = E[|Y|^2 R(tau)] / E[|Y|^2]
     value    V(s_t), fitted to the returns of earlier batches (for total: V(s_0))
 
 mean and optimal leave out the episode they are used on: with its own return inside, the estimate would be
-biased (by the factor 1 - 1/N for the mean). Every environment plays exactly one episode a batch and waits for
-the longest, because the first to end are the short ones. What an environment does while it waits is neither
-used nor counted as steps; the last batch may reach beyond --total-steps.
+biased (by the factor 1 - 1/N for the mean of total returns). Every environment plays exactly one episode a
+batch and waits for the longest, because the first to end are the short ones. What an environment does while
+it waits is neither used nor counted as steps; the last batch may reach beyond --total-steps.
 
 An episode cut by a time limit misses its tail. With --baseline value the tail is V(true successor); without a
 V the return is that of the time-limited task.

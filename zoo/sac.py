@@ -149,9 +149,9 @@ class TwinCritic(nn.Module):
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat((obs, action), -1).expand(2, -1, -1)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+        for i in range(len(self.weights)):
             # not baddbmm: compiled, sum and ReLU are one pass
-            x = torch.bmm(x.relu() if i else x, weight) + bias
+            x = torch.bmm(x.relu() if i else x, self.weights[i]) + self.biases[i]
         return x.squeeze(-1)
 
 
