@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._inductor.exc import InductorError
 from torch.func import functional_call
 
 from zoo import ppo, reinforce, trpo
@@ -292,6 +293,26 @@ def test_without_a_compiler_one_warning_and_the_same_result(monkeypatch, capsys)
         assert len(lines) == 1 and lines[0].startswith(
             "warning: torch.compile failed, running double eagerly (no compiler found"
         )
+
+
+def test_where_kernels_cannot_be_called_from_cpp_they_are_from_python(monkeypatch, capsys):
+    tried = []
+
+    def compiler(function, options, **_):
+        tried.append(options)
+
+        def call(*args):
+            if options.get("cpp_wrapper"):
+                raise InductorError(AssertionError(), None)
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    function = compile_function(lambda x: 2 * x, CPU)
+    assert [function(torch.tensor(float(i))).item() for i in range(3)] == [0.0, 2.0, 4.0]
+    assert tried == [{"cpp_wrapper": True}, {}]
+    assert capsys.readouterr().err == TOLD
 
 
 def test_a_function_of_any_kind_is_compiled(capsys):

@@ -218,8 +218,8 @@ def serves(single: gym.Env) -> bool:
     """Whether the engine steps copies of `single`, from gym.make, exactly as Gymnasium would."""
     env: Any = single.unwrapped
     task = CLASSES.get(class_name(env))
-    if task is None or not is_plain(single) or env.render_mode is not None or np.__version__ < "2":
-        return False  # NumPy 1 gives float32 scalars another type
+    if task is None or not is_plain(single) or env.render_mode is not None:
+        return False
     return all(getattr(env, name) == value for name, value in task.as_it_is.items())
 
 

@@ -163,15 +163,22 @@ class _Compiled:
             say(COMPILING)
             _Compiled.told = True
         import torch._inductor.config  # a second, spared to runs that do not compile
+        import torch._inductor.exc
 
         # Inductor keeps no compiled loop in its cache unless told that it may: all of the loop's code is in
         # the cache's key
         torch._inductor.config.unsafe_marked_cacheable_functions["torch.ops.higher_order.scan"] = (
             torch.__version__
         )
-        self.call = torch.compile(own_code(self.eager), fullgraph=True, dynamic=False, options=self.options)
-        try:
+
+        def compiled(options: dict[str, Any]) -> Any:
+            self.call = torch.compile(own_code(self.eager), fullgraph=True, dynamic=False, options=options)
             return self.call(*args)
+
+        try:
+            return compiled(self.options)
+        except torch._inductor.exc.InductorError:  # of torch 2.11, for loops called from C++
+            return compiled({})
         finally:
             _Compiled.seconds += time.perf_counter() - start
 
