@@ -4,7 +4,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from zoo.common.envs import GymnasiumVectorEnv
+from zoo.common import mujoco_engine
+from zoo.common.envs import GymnasiumVectorEnv, make_envs
 from zoo.common.mujoco_engine import Batch, MujocoVectorEnv, serves
 
 pytestmark = [
@@ -179,3 +180,12 @@ def test_a_users_model_is_the_one_stepped(tmp_path):
         ours, theirs = engine.step(np.full((N, 3), 0.3)), loop.step(np.full((N, 3), 0.3))
         np.testing.assert_array_equal(ours.next_obs, theirs.next_obs)
         np.testing.assert_array_equal(ours.reward, theirs.reward)
+
+
+def test_threads_are_those_asked_for_else_one_a_core(monkeypatch):
+    with make_envs("Swimmer-v5", 5, threads=2) as envs:
+        assert envs.batch.nthread == 2
+    monkeypatch.setattr(mujoco_engine.os, "sched_getaffinity", lambda _: range(3), raising=False)
+    for threads, expected in ((None, 3), (1, 1), (2, 2)):
+        with make_envs("Swimmer-v5", 5, threads=threads) as envs:
+            assert envs.batch.nthread == expected

@@ -645,6 +645,34 @@ def test_observations_that_differ_in_float64_only_are_told_apart(tmp_path, spy):
     assert (acting.logits[0] - acting.logits[1]).abs().max() > 1e-4
 
 
+def test_updates_equal_torchs_clipping_and_adam(tmp_path, spy):
+    """With the rate that has fallen by then, and what is told of them is their mean."""
+    args = small(
+        tmp_path, "probe/ActBox-v0", total_steps=256, num_epochs=1, minibatch_size=32, anneal=True,
+        max_grad_norm=0.1,
+    )  # fmt: skip
+    ppo.train(args)
+    updates = spy["update"]
+    theirs = updates[0].params.clone().requires_grad_()
+    optimizer, norms = torch.optim.Adam([theirs], lr=1.0, eps=1e-5), []
+    for i, call in enumerate(updates):
+        loss, _ = ppo_loss(theirs, call.batch, call.kl_coef, call.forward, args)
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_([theirs], 0.1).item())
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - i // 4 / 2)
+        optimizer.step()
+        torch.testing.assert_close(call.result[0], theirs.detach(), rtol=1e-4, atol=1e-5)
+    assert min(norms) > 0.1 and len(norms) == 8
+    told = [float(row["grad_norm"]) for row in rows(tmp_path)]
+    assert told == pytest.approx([np.mean(norms[:4]), np.mean(norms[4:])], rel=1e-3)
+
+
+def test_the_table_tells_of_the_episodes_that_ended(tmp_path):
+    ppo.train(small(tmp_path, "probe/Endless-v0", total_steps=256, num_epochs=1))
+    assert [(row["train_return"], row["train_length"]) for row in rows(tmp_path)] == [("5", "5")] * 2
+
+
 # --- degenerate inputs --------------------------------------------------------------------------------------
 
 

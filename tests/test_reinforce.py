@@ -566,6 +566,47 @@ def test_v_moves_no_weight_of_the_policy(tmp_path, spy):
         assert bool((change.abs() > 1e-20).any()) == name.startswith("value"), name
 
 
+def test_batches_of_one_report_have_starts_and_rates_of_their_own(tmp_path, spy, monkeypatch):
+    """And what the report says of them is their mean."""
+    adam, rates = reinforce.adam, []
+
+    def noted(params, gradient, opt, rate):
+        rates.append(rate.item())
+        return adam(params, gradient, opt, rate)
+
+    monkeypatch.setattr(reinforce, "adam", noted)
+    reinforce.train(small(
+        tmp_path, "CartPole-v1", num_envs=2, total_steps=150, baseline="mean", report_every=150
+    ))  # fmt: skip
+    batches = [episodes for _, episodes, _ in spy.episodes]
+    starts = [0, *np.cumsum([int(batch.alive.sum()) for batch in batches])][:-1]
+    assert rates == pytest.approx([0.02 * (1 - start / 150) for start in starts], rel=1e-5)
+    firsts = [tuple(obs) for batch in batches for obs in batch.obs[0].tolist()]
+    assert len(set(firsts)) == len(firsts) >= 6
+    (row,) = rows(tmp_path)
+    norms = [gradient.norm().item() for _, (gradient, _) in spy.gradients]
+    assert float(row["grad_norm"]) == pytest.approx(np.mean(norms), rel=1e-4)
+
+
+def test_observations_are_counted_as_they_are(tmp_path, spy, in_turn):
+    """Not as the networks see them, which the second batch's would be."""
+    reinforce.train(small(
+        tmp_path, "probe/Scripted-v0", num_envs=2, total_steps=9, baseline="mean", normalize_obs=True
+    ))  # fmt: skip
+    seen = [episodes.obs[episodes.alive].double() for _, episodes, _ in spy.episodes]
+    for i, ((_, stats), *_) in enumerate(spy.episodes[1:], start=1):
+        torch.testing.assert_close(stats["mean"], torch.cat(seen[:i]).mean(0))
+    assert len(seen) == 3
+
+
+def test_v_is_fitted_in_another_order_in_every_epoch(tmp_path, spy):
+    reinforce.train(small(
+        tmp_path, "CartPole-v1", num_envs=2, total_steps=2, value_epochs=3, minibatch_size=512
+    ))  # fmt: skip
+    orders = [obs[real > 0] for obs, _, real in spy.fitted]
+    assert len(orders) == 3 and len({tuple(order.flatten().tolist()) for order in orders}) == 3
+
+
 # --- nothing left to learn ----------------------------------------------------------------------------------
 
 

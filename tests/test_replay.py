@@ -109,3 +109,14 @@ def test_a_million_transitions_of_halfcheetah_fit_into_110_mb():
     buffer = ReplayBuffer(250_000, 4, 17, 6, CPU)
     arrays = [x for x in vars(buffer).values() if isinstance(x, torch.Tensor)]
     assert sum(x.nbytes for x in arrays) + 4000 * 17 * 4 <= 110e6  # the endings of 1000 steps each included
+
+
+def test_draws_are_the_generators_alone():
+    story, buffer = Story(2, seed=3), ReplayBuffer(20, 2, 3, 2, CPU)
+    for _ in range(20):
+        story.tell(buffer)
+    drawn = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)  # nothing of the process's own generator may matter
+        drawn.append(buffer.sample(16, torch.Generator().manual_seed(0)).obs)
+    assert torch.equal(*drawn)

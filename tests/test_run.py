@@ -1206,3 +1206,38 @@ def test_an_argument_that_a_checkpoint_cannot_give_back_is_refused():
 
 if __name__ == "__main__":  # an agent's file, for the tests that need a process
     main(Args, train, lambda env: {})
+
+
+def test_the_training_return_is_of_the_last_hundred_episodes(tmp_path):
+    run = Run(Args(run_dir=str(tmp_path / "run"), eval_every=0), "scripted", no_evaluation)
+    run.report(100, {}, {}, {}, [(1000.0, 1000)] * 5 + [(float(i), i) for i in range(60)])
+    run.report(200, {}, {}, {}, [(float(i), i) for i in range(60, 100)])
+    run.close()
+    assert [row["train_return"] for row in rows(tmp_path / "run")] == ["104.1538462", "49.5"]
+
+
+def test_tensorboards_return_is_the_mean_of_an_iterations_episodes(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = Run(Args(run_dir=str(tmp_path / "run"), eval_every=0), "scripted", no_evaluation)
+    run.report(100, {}, {}, {}, [(1.0, 10), (4.0, 20)])
+    run.close()
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    told = [events.Scalars(f"charts/episodic_{name}")[0].value for name in ("return", "length")]
+    assert told == [2.5, 15.0]
+
+
+def test_speed_is_all_steps_by_all_seconds_also_of_a_resumed_run(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    for where, steps in ((dict(run_dir=str(tmp_path)), (100, 200)), (dict(resume=str(tmp_path)), (300, 400))):
+        run = Run(Args(eval_every=0, checkpoint_every=1e-9, **where), "scripted", no_evaluation)
+        run.restore({})
+        for step in steps:
+            clock[0] += 2.0 if step == 100 else 1.0
+            run.report(step, {}, {}, {}, [])
+        run.close()
+        clock[0] += 1000.0
+    told = [(row["wall_time"], row["sps"]) for row in rows(tmp_path, clocks=True)]
+    assert told == [("2", "50"), ("3", "66.7"), ("4", "75"), ("5", "80")]

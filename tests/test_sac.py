@@ -362,6 +362,49 @@ def test_updates_are_counted_by_environment_steps(tmp_path, spy, rate, count):
     assert all(float(row["train_return"]) == float(row["train_length"]) == 5 for row in table)
 
 
+class WideBox(probes.Endless):
+    action_space = gym.spaces.Box(-1.0, 1.0, (3,), np.float32)
+
+
+if "probe/WideBox-v0" not in gym.registry:
+    gym.register("probe/WideBox-v0", WideBox, max_episode_steps=5)
+
+
+def test_each_dimension_of_an_action_is_drawn_and_counts_in_the_target_entropy(tmp_path, spy):
+    sac.train(small(tmp_path, "probe/WideBox-v0", total_steps=24, random_steps=16, batch_size=2))
+    assert set(spy.target_entropies) == {-3.0}
+    assert len(torch.stack(spy.actions[:4]).unique()) == 4 * 4 * 3  # random ones, of 4 environments
+    for action, (_, dist) in zip(spy.actions[4:], spy.policies[0], strict=True):
+        first, second, third = ((action.atanh() - dist.mean) / dist.log_std.exp()).T  # the policy's noise
+        assert min((first - second).abs().min(), (second - third).abs().min()) > 1e-4
+
+
+def test_the_newest_actor_acts_and_in_a_resumed_run_the_checkpoints(tmp_path, spy):
+    args = small(tmp_path, "probe/EndlessBox-v0", total_steps=88, random_steps=80, batch_size=8)
+    sac.train(args)
+    sac.train(replace(args, run_dir=None, resume=args.run_dir, total_steps=96))
+    actor = Actor(make_envs(args.env, 1), (16,))
+    # of the two steps by the policy of each run the second came after four updates
+    acted = [spy.policies[0][1], *spy.policies[2][:2]]
+    for (obs, dist), update in zip(acted, (3, 7, 11), strict=True):
+        learner = spy.updates[update][1][0]
+        actor.load_state_dict(flatten(actor)[1](learner["actor"]))
+        torch.testing.assert_close(dist.mean, actor(torch.as_tensor(obs)).mean, rtol=1e-5, atol=1e-6)
+
+
+def test_a_resumed_run_draws_as_one_that_was_not_stopped(tmp_path):
+    """On a task that is ever the same nothing but the checkpoint's content matters."""
+    args, ends = small(tmp_path / "whole", "probe/ActBox-v0", total_steps=104, batch_size=8), []
+    sac.train(args)
+    for where in (dict(total_steps=92), dict(run_dir=None, resume=str(tmp_path / "halves"))):
+        sac.train(replace(args, **dict(run_dir=str(tmp_path / "halves")) | where))
+    for folder in (tmp_path / "whole", tmp_path / "halves"):
+        ends.append(load_checkpoint(folder / "checkpoint.pt", "--resume")["state"])
+    for name in ("actor", "critic", "target", "log_alpha"):
+        assert torch.equal(ends[0]["learner"][name], ends[1]["learner"][name]), name
+    assert torch.equal(ends[0]["buffer"]["action"], ends[1]["buffer"]["action"])
+
+
 # --- probe environments -------------------------------------------------------------------------------------
 
 

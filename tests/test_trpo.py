@@ -642,3 +642,41 @@ def test_bad_input_is_told_in_one_line(tmp_path):
 @pytest.mark.parametrize("env", trpo.SETTINGS)
 def test_settings_are_valid(env):
     trpo.check(dataclasses.replace(trpo.Args(), env=env, **trpo.SETTINGS[env]))
+
+
+def test_the_critics_steps_are_of_the_annealed_rate_and_of_shuffled_rows(tmp_path, monkeypatch):
+    """In every epoch another order of all rows; and the losses' mean is what is told."""
+    fits = watch(monkeypatch, "fit_critic")
+    run(tmp_path, "probe/ActOnObs-v0", total_steps=256, anneal=True, critic_epochs=3)
+    for i, ((_, args, *_, order, rate), (*_, loss)) in enumerate(fits):
+        assert rate.item() == pytest.approx(args.learning_rate * (1 - i / 2))
+        epochs = order.view(3, 128)
+        assert (epochs.sort(1)[0] == torch.arange(128)).all()
+        assert len({tuple(epoch) for epoch in [list(range(128)), *epochs.tolist()]}) == 4
+        assert float(table(tmp_path)[i]["value_loss"]) == pytest.approx(loss.item(), rel=1e-4)
+    net = trpo.ActorCritic(make_envs("probe/ActOnObs-v0", 1), (16,), -0.5, False)
+    unflatten, losses = flatten(net)[1], []
+    forward, _, params, opt, obs, return_, order, rate = fits[-1][0]
+    for rows in order.split(64):  # of the last update, step by step
+        value = functional_call(net, unflatten(params), (obs[rows],))[1]
+        losses.append(((value - return_[rows]) ** 2).mean().item())
+        g = torch.func.grad(partial(trpo.value_fit_loss, forward))(params, obs[rows], return_[rows])
+        params, opt = trpo.adam(params, g, opt, rate)
+    assert loss.item() == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_a_stopped_run_resumed_equals_one_that_was_not(tmp_path):
+    """On a task that is ever the same nothing but the checkpoint's content matters."""
+    run(tmp_path / "whole", "probe/ActBox-v0")
+    run(tmp_path / "halves", "probe/ActBox-v0", total_steps=256)
+    run(tmp_path, "probe/ActBox-v0", resume=tmp_path / "halves")
+    whole, halves = (
+        [{name: cell for name, cell in row.items() if not name.startswith("eval")} for row in table(folder)]
+        for folder in (tmp_path / "whole", tmp_path / "halves")
+    )
+    assert whole == halves and len(whole) == 4
+
+
+def test_the_table_tells_of_the_episodes_that_ended(tmp_path):
+    run(tmp_path, "probe/Endless-v0", total_steps=256)
+    assert [(row["train_return"], row["train_length"]) for row in table(tmp_path)] == [("5", "5")] * 2
