@@ -95,6 +95,10 @@ class Endless(Probe):
         return self.see(), 1.0, False, False, {}
 
 
+class EndlessBox(Endless):
+    action_space = TWO_TO_SIX
+
+
 # Episodes of the scripted environment: the first observation, then for each step (reward, observation,
 # ending). The episode's number is the observation's tens, so that no observation occurs twice. Copies seeded
 # evenly start with the first episode, copies seeded oddly with the second.
@@ -259,6 +263,7 @@ def register():
     for cls in SIMPLE:
         gym.register(f"probe/{cls.__name__}-v0", cls)
     gym.register("probe/Endless-v0", Endless, max_episode_steps=5)
+    gym.register("probe/EndlessBox-v0", EndlessBox, max_episode_steps=5)
     for fault in ("obs", "reward", "raise", "reset"):
         gym.register(f"probe/Faulty-{fault}-v0", Faulty, kwargs=dict(fault=fault))
     for name, spaces in SPACES.items():

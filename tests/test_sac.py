@@ -48,16 +48,11 @@ DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=C
 SPACES = SimpleNamespace(obs_dim=3, action_dim=2)
 
 
-class EndlessBox(probes.Endless):
-    action_space = probes.TWO_TO_SIX
-
-
 class DiscountBox(probes.Discount):
     action_space = probes.TWO_TO_SIX
 
 
-if "probe/EndlessBox-v0" not in gym.registry:
-    gym.register("probe/EndlessBox-v0", EndlessBox, max_episode_steps=5)
+if "probe/DiscountBox-v0" not in gym.registry:
     gym.register("probe/DiscountBox-v0", DiscountBox)
 
 
