@@ -145,11 +145,12 @@ def test_how_a_script_ends(error, status, told, capfd):
         assert args.args == "--clip 0.1"
         raise error
 
-    kept = os.dup(1)
+    out = sys.stdout.fileno()  # pytest's, which a fault of the output leads to nowhere
+    kept = os.dup(out)
     try:
         assert script_main(Words, None, work, ["--args", "--clip 0.1"], "interrupted; go on") == status
     finally:
-        os.dup2(kept, 1)
+        os.dup2(kept, out)
         os.close(kept)
     assert capfd.readouterr().err == told
 
