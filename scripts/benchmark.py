@@ -92,6 +92,7 @@ SUITES: dict[str, list[Entry]] = {
         Entry("ppo", "MountainCarContinuous-v0", TEN),
         Entry("ppo", "MountainCar-v0", TEN),
         Entry("ppo", "Ant-v4", THREE),
+        Entry("ppo", "Humanoid-v4", THREE),
         Entry("ppo", "Swimmer-v4", THREE),
         Entry("ppo", "Reacher-v4", THREE),
         Entry("ppo", "InvertedPendulum-v4", THREE),
