@@ -121,6 +121,7 @@ SUITES: dict[str, list[Entry]] = {
         Entry("actor_critic", "MountainCarContinuous-v0", TEN),
         Entry("actor_critic", "Pendulum-v1", TEN),
         Entry("actor_critic", "MountainCar-v0", TEN),
+        Entry("actor_critic", "Reacher-v4", THREE),
     ],
     "trpo": [
         Entry("trpo", "HalfCheetah-v4", TEN),
@@ -132,6 +133,7 @@ SUITES: dict[str, list[Entry]] = {
         Entry("trpo", "MountainCar-v0", TEN),
         Entry("trpo", "MountainCarContinuous-v0", TEN),
         Entry("trpo", "Swimmer-v4", THREE),
+        Entry("trpo", "Reacher-v4", THREE),
     ],
     "sac": [
         Entry("sac", "Pendulum-v1", FIVE),

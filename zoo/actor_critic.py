@@ -88,6 +88,7 @@ SETTINGS: dict[str, dict] = {
     ),
     "Walker2d-v4": dict(num_envs=8, num_steps=64, gae_lambda=0.98),
     "HalfCheetah-v4": dict(num_envs=8, num_steps=64, gae_lambda=0.98, log_std=-1.0),
+    "Reacher-v4": dict(gamma=0.95, eval_episodes=100),
     "CartPole-v1": dict(
         total_steps=500_000, num_envs=8, num_steps=5, gae_lambda=1.0, optimizer="rmsprop", learning_rate=7e-4,
         eval_every=50_000,

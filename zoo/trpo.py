@@ -101,6 +101,7 @@ SETTINGS: dict[str, dict] = {
         num_envs=4, num_steps=512, critic_epochs=20, gamma=0.9999, gae_lambda=0.98, log_std=0.0,
     ),
     "Walker2d-v4": dict(num_envs=32, num_steps=64, anneal=True, critic_epochs=10, log_std=-0.5),
+    "Reacher-v4": dict(gamma=0.95, eval_episodes=100),
     "CartPole-v1": dict(
         total_steps=100_000, num_envs=8, num_steps=128, delta=0.01, fvp_subsample=1, damping=1e-3,
         critic_epochs=10, minibatch_size=128, gae_lambda=0.98, eval_every=20_000,
