@@ -299,7 +299,8 @@ def draw_curves(
             **look,
         )
         if row is not None:
-            text = f"{float(row['value']):,.0f} ({row['source']})"
+            value = float(row["value"])
+            text = f"{value:{',.0f' if abs(value) >= 10 else '.2g'}} ({row['source']})"
             axes.axhline(float(row["value"]), color=look["color"], linestyle=":", linewidth=1.4, gid=text)
     for axes in all_axes:
         name_published(axes, name_width(len(all_axes)))

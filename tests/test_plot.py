@@ -206,13 +206,13 @@ def test_colours_are_told_apart(tmp_path, figures):
 def test_published_values_of_the_budget_are_lines(tmp_path, figures):
     folder = made(tmp_path, "ppo", 200)
     header = "agent,task,steps,value,spread,seeds,source,kind,protocol,url"
-    lines = ["ppo,Task-v0,200,7,,1,Z,evaluation,p,u", "ppo,Task-v0,200,5,,1,T,evaluation,p,u",
+    lines = ["ppo,Task-v0,200,7.26,,1,Z,evaluation,p,u", "ppo,Task-v0,200,5,,1,T,evaluation,p,u",
              "ppo,Task-v0,600,70,,1,Z,evaluation,p,u", "ppo,Task-v0,200,90,,1,Q,training,p,u"]  # fmt: skip
     (tmp_path / "published.csv").write_text("\n".join([header, *lines]) + "\n")
     plot.draw([folder], ["ppo"], "Task-v0", tmp_path / "x.png", results=tmp_path)
     axes = figures[0].axes[0]
-    assert [line.get_ydata()[0] for line in axes.get_lines() if line.get_linestyle() == ":"] == [7]
-    assert [text.get_text() for text in axes.texts] == ["7 (Z)"]
+    assert [line.get_ydata()[0] for line in axes.get_lines() if line.get_linestyle() == ":"] == [7.26]
+    assert [text.get_text() for text in axes.texts] == ["7.3 (Z)"]
 
 
 def test_names_of_published_values_do_not_cover_each_other(tmp_path):
