@@ -157,14 +157,19 @@ def test_how_a_script_ends(error, status, told, capfd):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_script_that_is_stopped_clears_away_what_is_half_done(number, tmp_path, capsys):
+    before = signal.signal(number, signal.SIG_DFL)  # nohup lets SIGHUP be ignored
+
     def work(args):
         with tempfile.TemporaryDirectory(dir=tmp_path):
             os.kill(os.getpid(), number)
             time.sleep(10)
 
-    assert script_main(Words, None, work, [], "interrupted; go on") == 128 + number
+    try:
+        assert script_main(Words, None, work, [], "interrupted; go on") == 128 + number
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
     assert capsys.readouterr().err == "interrupted; go on\n" and not list(tmp_path.iterdir())
-    assert signal.getsignal(number) == signal.SIG_DFL
 
 
 def test_what_a_script_did_not_expect_keeps_its_traceback():

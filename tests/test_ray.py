@@ -131,7 +131,7 @@ def test_a_run_that_goes_on_elsewhere_is_waited_for(bench, tmp_path, left):  # n
 
 def test_the_array_job_of_the_readme_goes_on_and_is_taken_into_results(tmp_path, capsys):
     text = (benchmark.REPOSITORY / "README.md").read_text()
-    script = re.findall(r"^```bash\n(#SBATCH.*?)^```", text, re.M | re.S)[0].replace(
+    script = re.findall(r"^```bash\n(#!/bin/bash\n#SBATCH.*?)^```", text, re.M | re.S)[0].replace(
         "HalfCheetah-v4", "CartPole-v1"
     )
     short = "--total-steps 1024 --no-compile --eval-episodes 1"
