@@ -301,7 +301,7 @@ def draw_curves(
         if row is not None:
             value = float(row["value"])
             text = f"{value:{',.0f' if abs(value) >= 10 else '.2g'}} ({row['source']})"
-            axes.axhline(float(row["value"]), color=look["color"], linestyle=":", linewidth=1.4, gid=text)
+            axes.axhline(value, color=look["color"], linestyle=":", linewidth=1.4, gid=text)
     for axes in all_axes:
         name_published(axes, name_width(len(all_axes)))
     return handles
